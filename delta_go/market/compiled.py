@@ -39,15 +39,16 @@ def use_cache(
 
 CACHE = use_cache(Path(venue.__file__).parents[1])
 
-# %% ../../nbs/market/17_compiled.ipynb #a87e540d
+# %% ../../nbs/market/17_compiled.ipynb #ddf9ce35
 def compiled(
-    function: Callable,   # plain arithmetic, no objects
-    **callees: Callable,  # compiled functions, by the names it calls them
-) -> Callable:            # numba's dispatcher
+    function: Callable,    # plain arithmetic, no objects
+    inline: bool = False,  # copy its body into its caller: worth it for one with many arguments
+    **callees: Callable,   # compiled functions, by the names it calls them
+) -> Callable:             # numba's dispatcher
     "The same function as machine code."
     namespace = {**function.__globals__, **callees}
     copy = types.FunctionType(function.__code__, namespace, function.__name__, function.__defaults__)
-    return numba.njit(cache=True, nogil=True)(copy)
+    return numba.njit(cache=True, nogil=True, inline="always" if inline else "never")(copy)
 
 # %% ../../nbs/market/17_compiled.ipynb #12301bda
 round_to_tick = compiled(venue.round_to_tick)
