@@ -8,8 +8,8 @@ __all__ = ['WINDOW', 'FILTER', 'State', 'Join', 'FEATURES', 'CLIP', 'REGIME_INPU
            'true_range', 'relative_strength', 'band_position', 'root_mean_square', 'trend_statistic',
            'compute_features', 'regime_inputs']
 
-# %% ../../nbs/learning/20_features.ipynb #447e2ee5
-from collections.abc import Callable
+# %% ../../nbs/learning/20_features.ipynb #b131ca68
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,12 +21,12 @@ from ..market.candles import Candles, contiguous
 WINDOW = 200  # candles a decision may see
 FILTER = 128  # rows of regime inputs the regime filter runs over
 
-# %% ../../nbs/learning/20_features.ipynb #164a8138
-State = tuple[np.ndarray, ...]
+# %% ../../nbs/learning/20_features.ipynb #9d0e4888
+State = Sequence[np.ndarray]
 Join = Callable[[State, State, int, int], State]
 
 def fold(
-    state: State,  # arrays of one length: each element's own state, oldest first
+    state: State,  # one or more arrays of one length: each element's own state, oldest first
     length: int,   # elements in a window, at least 1
     join: Join,    # (older, newer, elements in older, elements in newer) -> both together
 ) -> State:        # one row per full window: len - length + 1
@@ -38,12 +38,12 @@ def fold(
     covered, width = 0, 1
     while True:
         if length & width:
-            part = tuple(array[length - covered - width:][:rows] for array in state)
+            part = [array[length - covered - width:][:rows] for array in state]
             total = join(part, total, width, covered) if covered else part
             covered += width
         if covered == length:
             return total
-        state = join(tuple(array[:-width] for array in state), tuple(array[width:] for array in state), width, width)
+        state = join([array[:-width] for array in state], [array[width:] for array in state], width, width)
         width *= 2
 
 # %% ../../nbs/learning/20_features.ipynb #968a9fd0
@@ -106,13 +106,13 @@ def rolling_ema(
     total = fold((x,), length, lambda old, new, n_old, n_new: (old[0] * decay**n_new + new[0],))[0]
     return total * ((1 - decay) / (1 - decay**length))
 
-# %% ../../nbs/learning/20_features.ipynb #d5bc629c
+# %% ../../nbs/learning/20_features.ipynb #a6569742
 def rolling_run(
     sign: np.ndarray,  # (N,) of -1, 0 or 1
 ) -> np.ndarray:       # (N - 7,) int8, -8 to 8
     "Length of the run of equal signs that ends here, counted up to eight, with its sign."
     def join(old: State, new: State, n_old: int, n_new: int) -> State:
-        return tuple(b + a * (b == n_new) for a, b in zip(old, new))
+        return [b + a * (b == n_new) for a, b in zip(old, new)]
     up, down = fold(((sign > 0).astype(np.int8), (sign < 0).astype(np.int8)), 8, join)
     return up - down
 
@@ -137,8 +137,9 @@ class Features:
         "One feature for all rows."
         return self.values[:, self.names.index(name)]
 
-# %% ../../nbs/learning/20_features.ipynb #bd1c93dd
-def _nonzero(x: np.ndarray) -> np.ndarray: return np.where(x > 0, x, np.nan)
+# %% ../../nbs/learning/20_features.ipynb #f5a7ccbd
+def _nonzero(x: np.ndarray) -> np.ndarray:
+    return x if x.min() > 0 else np.where(x > 0, x, np.nan)
 
 def true_range(
     high: np.ndarray,   # (N,) USD
@@ -231,18 +232,18 @@ def _rows(candles: Candles) -> int:
         raise InputError(f"{candles.symbol}: expected at least {WINDOW} candles, got {len(candles)}; load more history")
     return rows
 
-# %% ../../nbs/learning/20_features.ipynb #fe9f8b75
-REGIME_INPUTS: tuple[str, ...] = ("log_volatility_48", "log_volatility_16", "trend_48")
+# %% ../../nbs/learning/20_features.ipynb #7d52a2fe
+REGIME_INPUTS: tuple[str, ...] = ("log_range_48", "trend_48")
 
 def regime_inputs(
     candles: Candles,  # at least WINDOW closed candles
-) -> np.ndarray:       # (len - WINDOW + FILTER, D) float64, finite
+) -> np.ndarray:       # (len - WINDOW + FILTER, 2) float64, finite
     "The smooth series that regimes are told apart by, one row per bar with 73 candles behind it."
     rows = _rows(candles) + FILTER - 1
-    price = np.log(np.ascontiguousarray(candles.close))
-    returns = price[1:] - price[:-1]
+    bars = candles[-rows - 63:]
+    width = np.log(bars.high[-rows - 47:] / bars.low[-rows - 47:])
+    price = np.log(np.ascontiguousarray(bars.close))
     values = np.empty((len(REGIME_INPUTS), rows))
-    values[0] = np.log(np.maximum(root_mean_square(returns[-rows - 47:], 48), 1e-6))
-    values[1] = np.log(np.maximum(root_mean_square(returns[-rows - 15:], 16), 1e-6))
-    values[2] = trend_statistic(returns)[-rows:]
+    values[0] = 0.5 * np.log(np.maximum(rolling_mean(width * width, 48), 1e-12))
+    values[1] = trend_statistic(price[1:] - price[:-1])
     return values.T
