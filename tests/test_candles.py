@@ -119,7 +119,7 @@ def test_swapped_high_and_low_are_named_exactly():
     ({name: [] for name in COLUMNS}, "empty table"),
     ({}, "missing time, open, high, low, close, volume, found none"),
     ({name: [1.0] for name in COLUMNS if name != "close"}, "missing close"),
-    (columns_of(GOOD) | {"close": ["x"] * 200}, "column close: expected numbers, got 'x'"),
+    (columns_of(GOOD) | {"close": ["x"] * 200}, "BTCUSD 1h: expected numbers in close, got 'x'"),
     (columns_of(GOOD) | {"time": GOOD.time + .5}, "whole seconds"),
     (columns_of(GOOD) | {"time": np.where(GOOD.time > 0, np.nan, 0)}, "whole seconds"),
     (columns_of(GOOD) | {"volume": [1.0]}, "different lengths"),

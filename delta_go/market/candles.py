@@ -144,13 +144,15 @@ def _stamp_faults(time: np.ndarray, step: int, now: float | None) -> dict[str, n
     unclosed = np.zeros(len(time), bool) if now is None else time + step > now
     return {"disorder": behind, "duplicate": repeated, "misaligned": time % step != 0, "unclosed": unclosed}
 
-# %% ../../nbs/market/10_candles.ipynb #e69def78
+# %% ../../nbs/market/10_candles.ipynb #13ef5814
 _UNITS = {1000: "milliseconds", 1_000_000: "microseconds", 1_000_000_000: "nanoseconds"}
 
 def _wrong_step(time: np.ndarray, step: int) -> str:
     "What the stamps say when they clearly belong to another step, else nothing."
-    spacing = np.diff(np.unique(time))
-    if len(spacing) < 3:
+    spacing = np.diff(time)
+    if (spacing <= 0).any():
+        spacing = np.diff(np.unique(time))
+    if len(spacing) < 3 or (spacing == step).mean() > .5:
         return ""
     values, counts = np.unique(spacing, return_counts=True)
     common = int(values[counts.argmax()])
@@ -160,6 +162,12 @@ def _wrong_step(time: np.ndarray, step: int) -> str:
     if unit:
         return f"times look like {unit}, expected whole seconds"
     return f"most bars are {common} seconds apart, expected {step}"
+
+# %% ../../nbs/market/10_candles.ipynb #4ef2e145
+def _ragged(columns: Mapping[str, np.ndarray]) -> str:
+    "Which lengths the columns have if they differ, else nothing."
+    lengths = {name: len(columns[name]) for name in COLUMNS}
+    return "" if len(set(lengths.values())) == 1 else "columns of different lengths: " + ", ".join(f"{k} {n}" for k, n in lengths.items())
 
 # %% ../../nbs/market/10_candles.ipynb #3e644fda
 def _swapped(columns: Mapping[str, np.ndarray]) -> str:
@@ -175,16 +183,15 @@ def _swapped(columns: Mapping[str, np.ndarray]) -> str:
             return f"columns {first} and {second} seem to have changed places"
     return "no market has most bars like these: columns seem to be in another order"
 
-# %% ../../nbs/market/10_candles.ipynb #7b52a3b3
+# %% ../../nbs/market/10_candles.ipynb #6dbe7649
 def find_faults(
     columns: Mapping[str, np.ndarray],  # the six columns by name: time int64 seconds UTC, the rest float64
     step: int,                          # seconds between opens
     now: float | None = None,           # seconds UTC; None does not look for unclosed bars
 ) -> list[Fault]:
     "Everything wrong with a table of bars, worst first; an empty list for good candles."
-    lengths = {name: len(columns[name]) for name in COLUMNS}
-    if len(set(lengths.values())) > 1:
-        return [Fault("ragged", (), "columns of different lengths: " + ", ".join(f"{k} {n}" for k, n in lengths.items()))]
+    if ragged := _ragged(columns):
+        return [Fault("ragged", (), ragged)]
     time = columns["time"]
     masks = {**_value_faults(columns), **_stamp_faults(time, step, now)}
     faults = _table_faults(columns, step, masks)
@@ -257,7 +264,7 @@ def _sort(candles: Candles) -> tuple[Candles, list[str]]:
         notes.append(f"dropped {(~last).sum()}: {FAULT_KINDS['duplicate'][0]}, the last kept")
     return candles[last], notes
 
-# %% ../../nbs/market/10_candles.ipynb #837c2b30
+# %% ../../nbs/market/10_candles.ipynb #a60b513b
 def _first_text(values: np.ndarray) -> Any:
     "The first entry that is no number, for the message."
     for value in values.tolist():
@@ -266,7 +273,7 @@ def _first_text(values: np.ndarray) -> Any:
         except (TypeError, ValueError):
             return value
 
-def _numbers(name: str, values: Any) -> np.ndarray:
+def _numbers(where: str, name: str, values: Any) -> np.ndarray:
     "One column as float64, or times as int64 seconds."
     array = np.asarray(values)
     if name == "time" and array.dtype.kind == "M":
@@ -276,11 +283,11 @@ def _numbers(name: str, values: Any) -> np.ndarray:
     try:
         array = array.astype(np.float64)
     except (TypeError, ValueError):
-        raise InputError(f"column {name}: expected numbers, got {_first_text(array)!r}; correct or drop those rows") from None
+        raise InputError(f"{where}: expected numbers in {name}, got {_first_text(array)!r}; correct or drop those rows") from None
     if name != "time":
         return array
     if not ((np.abs(array) < 2**53) & (array == np.floor(array))).all():
-        raise InputError("column time: expected whole seconds since 1970 UTC, got fractions or empty cells; correct or drop those rows")
+        raise InputError(f"{where}: expected whole seconds since 1970 UTC in time, got fractions or empty cells; correct or drop those rows")
     return array.astype(np.int64)
 
 def candles_from_columns(
@@ -293,12 +300,13 @@ def candles_from_columns(
     absent = [name for name in COLUMNS if name not in present]
     if absent:
         raise InputError(f"{symbol} {resolution}: expected columns {', '.join(COLUMNS)}; missing {', '.join(absent)}, found {', '.join(map(str, present)) or 'none'}")
-    candles = Candles(symbol, step, **{name: _numbers(name, columns[name]) for name in COLUMNS})
+    candles = Candles(symbol, step, **{name: _numbers(f"{symbol} {resolution}", name, columns[name]) for name in COLUMNS})
     if not len(candles):
         raise InputError(f"{symbol} {resolution}: expected candles, got an empty table; fetch or import some first")
-    for fault in find_faults(columns_of(candles), step):
-        if fault.kind in ("ragged", "swapped"):
-            raise InputError(f"{_name(candles)}: {fault.detail}. Cure: {FAULT_KINDS[fault.kind][1]}")
+    if ragged := _ragged(columns_of(candles)):
+        raise InputError(f"{_name(candles)}: {ragged}. Cure: {FAULT_KINDS['ragged'][1]}")
+    if swapped := _swapped(columns_of(candles)):
+        raise InputError(f"{_name(candles)}: {swapped}. Cure: {FAULT_KINDS['swapped'][1]}")
     return candles
 
 # %% ../../nbs/market/10_candles.ipynb #c86948f0
