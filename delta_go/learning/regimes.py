@@ -6,7 +6,8 @@
 __all__ = ['Kind', 'STATES', 'FLOOR', 'SOFTNESS', 'RESCALED', 'BLOCK', 'ARRAYS', 'RegimeModel', 'likelihoods', 'RegimeView',
            'filter_regimes', 'latest_regime', 'model_to_dict', 'model_from_dict', 'check_model']
 
-# %% ../../nbs/learning/21_regimes.ipynb #1729f889
+# %% ../../nbs/learning/21_regimes.ipynb #938e6d76
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
@@ -73,20 +74,27 @@ def likelihoods(
     z = (inputs.T - model.centre[:, None]) * (1 / model.scale[:, None])
     return _normal(model, z) if model.kind == "hmm" else _by_rule(model, z)
 
-# %% ../../nbs/learning/21_regimes.ipynb #d5133941
+# %% ../../nbs/learning/21_regimes.ipynb #eb144794
 RESCALED = (8, 64)  # factors after which the products are scaled back
 
-def _filter_block(model: RegimeModel, likelihood: np.ndarray, work: np.ndarray) -> np.ndarray:
-    "Posteriors (5, rows) after every full run of likelihoods (5, n); work is room for three tables, (3, 5, 5, n or more)."
-    (here, there, part), width, n = work, 1, likelihood.shape[1]
+def _rooms(n: int) -> list[np.ndarray]:
+    return [np.empty(size * n) for size in (STATES**2, STATES**2, STATES**3)]
+
+def _table(room: np.ndarray, *shape: int) -> np.ndarray:
+    return room[:math.prod(shape)].reshape(shape)
+
+def _filter_block(model: RegimeModel, likelihood: np.ndarray, rooms: list[np.ndarray]) -> np.ndarray:
+    "Posteriors (5, rows) after every full run of likelihoods (5, n); the three rooms are reused from block to block."
+    (here, there, room), width, n = rooms, 1, likelihood.shape[1]
     alone = n == model.filter_length
-    steps = np.multiply(model.transition[:, :, None], likelihood[None], out=here[..., :n])
+    steps = np.multiply(model.transition[:, :, None], likelihood[None], out=_table(here, STATES, STATES, n))
     while width < model.filter_length:
         old, new = (steps[..., ::2], steps[..., 1::2]) if alone else (steps[..., :-width], steps[..., width:])
         n = old.shape[-1]
-        steps = np.multiply(old[:, 0, None], new[None, 0], out=there[..., :n])
-        for k in range(1, STATES):
-            steps += np.multiply(old[:, k, None], new[None, k], out=part[..., :n])
+        parts = np.multiply(old[:, :, None], new[None], out=_table(room, STATES, STATES, STATES, n))
+        steps = np.add(parts[:, 0], parts[:, 1], out=_table(there, STATES, STATES, n))
+        for k in range(2, STATES):
+            steps += parts[:, k]
         here, there, width = there, here, 2 * width
         if width in RESCALED:
             steps /= steps.max(axis=(0, 1))
@@ -95,8 +103,8 @@ def _filter_block(model: RegimeModel, likelihood: np.ndarray, work: np.ndarray) 
         posterior += model.stationary[k] * steps[k]
     return posterior / (posterior[0] + posterior[1] + posterior[2] + posterior[3] + posterior[4])
 
-# %% ../../nbs/learning/21_regimes.ipynb #3e6f1aad
-BLOCK = 512  # bars filtered at a time
+# %% ../../nbs/learning/21_regimes.ipynb #d336d657
+BLOCK = 4096  # bars filtered at a time
 
 @dataclass(frozen=True, slots=True)
 class RegimeView:
@@ -116,10 +124,10 @@ def filter_regimes(
     rows, span = len(candles) - model.window + 1, model.filter_length
     likelihood = likelihoods(model, regime_inputs(candles))
     posterior = np.empty((STATES, rows))
-    work = np.empty((3, STATES, STATES, min(rows, BLOCK) + span - 1))
+    rooms = _rooms(min(rows, BLOCK) + span - 1)
     for start in range(0, rows, BLOCK):
         end = min(start + BLOCK, rows)
-        posterior[:, start:end] = _filter_block(model, likelihood[:, start:end + span - 1], work)
+        posterior[:, start:end] = _filter_block(model, likelihood[:, start:end + span - 1], rooms)
     return RegimeView(posterior.T, posterior.argmax(axis=0).astype(np.int8), posterior.max(axis=0))
 
 def _check_candles(model: RegimeModel, candles: Candles) -> None:
