@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['parse_time', 'LoadedMarket', 'parse_edge', 'load_market']
 
-# %% ../../nbs/market/15_load.ipynb #9e27c496
+# %% ../../nbs/market/15_load.ipynb #bacfff0b
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 import numpy as np
 
 from ..domain import SYMBOLS, InputError
-from .candles import RESOLUTIONS, Candles
+from .candles import RESOLUTIONS, Candles, check_candles
 from .simulate import Edge, simulate_market
 from .store import Funding, available, fingerprint, read_candles, read_funding
 
@@ -67,7 +67,7 @@ def _simulated(resolution: str, symbols: Sequence[str] | None, seed: int, edge: 
     planted = f"a planted edge ({edge})" if edge else "no edge"
     return LoadedMarket(market.candles, market.funding, market.regimes, f"simulated market, seed {seed}, {planted}", resolution)
 
-# %% ../../nbs/market/15_load.ipynb #3d434eb8
+# %% ../../nbs/market/15_load.ipynb #330e9ad1
 def load_market(
     data: str = "",                        # folder of candle files; empty for the simulated market
     resolution: str = "1h",                # a name of RESOLUTIONS
@@ -76,6 +76,7 @@ def load_market(
     end: str | None = None,                # bars that open before this date
     seed: int = 0,                         # of the simulated market
     edge: str = "",                        # of the simulated market
+    allow_gaps: bool = False,              # trade around missing bars instead of refusing them
 ) -> LoadedMarket:
     "Candles and funding of all symbols; raises InputError that says what is missing."
     if resolution not in RESOLUTIONS:
@@ -90,7 +91,7 @@ def load_market(
     chosen = sorted(symbols or [symbol for symbol, step in available(data) if step == resolution])
     if not chosen:
         raise InputError(f"{data}: no candles at {resolution}; there are: {', '.join(f'{s} {r}' for s, r in available(data)) or 'no candle files at all'}")
-    candles = {symbol: read_candles(data, symbol, resolution) for symbol in chosen}
+    candles = {symbol: check_candles(read_candles(data, symbol, resolution), allow_gaps=allow_gaps) for symbol in chosen}
     market = LoadedMarket(candles, {symbol: read_funding(data, symbol) for symbol in chosen}, None, "candle files", resolution)
     return _cut(market, first, last)
 
