@@ -236,9 +236,9 @@ def workflow_faults(
         faults += [f"{path.relative_to(root)}: expected {what}" for what, kept in wanted.items() if not kept]
     return faults
 
-# %% ../nbs/99_house.ipynb #28db705a
-INFERENCE = ("domain", "market.candles", "learning.features", "learning.regimes", "learning.strategies", "learning.predictor",
-             "learning.registry", "trading.risk", "trading.decide")
+# %% ../nbs/99_house.ipynb #98ca2659
+INFERENCE = ("domain", "model_file", "market.candles", "learning.features", "learning.regimes", "learning.strategies",
+             "learning.predictor", "learning.registry", "learning.reading", "trading.risk", "trading.decide")
 HEAVY = ("pandas", "sklearn", "hmmlearn", "matplotlib", "scipy", "numba", "pyarrow")
 
 def heavy_after(
@@ -277,7 +277,7 @@ def dangers_in(
             found += [f"{name}()"] * (name in DANGEROUS_CALLS or pickled)
     return found
 
-# %% ../nbs/99_house.ipynb #f9ea21db
+# %% ../nbs/99_house.ipynb #c3ee9593
 def sources(
     root: Path,  # the project's folder
 ) -> Iterator[tuple[str, ast.Module]]:
@@ -292,9 +292,9 @@ def sources(
 def danger_faults(
     root: Path,  # the project's folder
 ) -> list[str]:
-    "Files other than the registry that could run what they read."
+    "Files other than the one room for it that could run what they read."
     return [f"{name}: {danger} can run what it reads; load models through learning.registry"
-            for name, tree in sources(root) if name != "delta_go/learning/registry.py" for danger in dangers_in(tree)]
+            for name, tree in sources(root) if name != "delta_go/model_file.py" for danger in dangers_in(tree)]
 
 # %% ../nbs/99_house.ipynb #0d4f024a
 VERSION = re.compile(r"\bpy(?:thon)?(?:[-_ ]?(?:requires|version|slim))?[^0-9A-Za-z\n]{0,8}3\.?(\d{2})\b", re.IGNORECASE)

@@ -31,14 +31,16 @@ class Trees:
     child: np.ndarray        # (nodes, 2): right and left child; a leaf is its own child
     depth: int               # steps from a root to the deepest leaf
 
-# %% ../../nbs/learning/23_trees.ipynb #121d7d42
+# %% ../../nbs/learning/23_trees.ipynb #8fba89d2
 def _children(tree: Mapping[str, Any], first: int) -> tuple[np.ndarray, int]:
     "Children of one tree's nodes, numbered from `first`, and the depth of the tree."
     pair = np.array([tree["right_children"], tree["left_children"]]).T
     own = np.arange(len(pair))[:, None]
-    level, depth = own[0], 0
+    level, depth, met = own[0], 0, 1
     while len(level := level[pair[level, 0] >= 0]):
-        level, depth = pair[level].ravel(), depth + 1
+        level, depth, met = pair[level].ravel(), depth + 1, met + 2 * len(level)
+        if met > len(pair):
+            raise ValueError("a node with two parents")
     return np.where(pair < 0, own, pair) + first, depth
 
 def _read(booster: bytes) -> Trees:
