@@ -8,7 +8,7 @@ __all__ = ['INK', 'MUTED', 'FAINT', 'REGIME_COLOURS', 'GAIN', 'LOSS', 'MIXED', '
            'forward_volatility_by_regime', 'trades_on_price', 'breaker_bar', 'equity_and_drawdown', 'calibration',
            'value_by_threshold', 'contributions', 'cost_breakdown', 'return_by', 'drift_bars']
 
-# %% ../../nbs/evidence/56_plots.ipynb #6e80e690
+# %% ../../nbs/evidence/56_plots.ipynb #99072cb7
 from collections.abc import Mapping, Sequence
 from textwrap import fill
 from typing import Any
@@ -20,7 +20,7 @@ from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator, StrMethodFormatter
 
-from ..domain import REGIMES, InputError, Trade
+from ..domain import REGIMES, Trade
 from ..market.candles import Candles
 
 # %% ../../nbs/evidence/56_plots.ipynb #afae7f5e
@@ -280,7 +280,7 @@ def _wilson(won: np.ndarray, count: np.ndarray, z: float = 1.96) -> tuple[np.nda
     centre, width = won + z**2 / 2, z * np.sqrt(won * (count - won) / count + z**2 / 4)
     return (centre - width) / (count + z**2), (centre + width) / (count + z**2)
 
-# %% ../../nbs/evidence/56_plots.ipynb #b3662e2a
+# %% ../../nbs/evidence/56_plots.ipynb #3a5401c6
 def calibration(
     probability: np.ndarray,   # (n,) out-of-sample forecasts
     won: np.ndarray,           # (n,) bool or 0 and 1
@@ -289,7 +289,7 @@ def calibration(
 ) -> Axes:
     "Forecast against frequency, with intervals, beside the average and the ideal."
     if not len(probability):
-        raise InputError("calibration: expected at least one forecast with a known outcome, got none; use a longer range")
+        return _dress(axes or canvas(4.2, 3.2), "No forecast has a known outcome yet", "said", "happened")
     axes, parts = axes or canvas(4.2, 3.2), np.array_split(np.argsort(probability, kind="stable"), min(bins, len(probability)))
     said, count, wins = (np.array([f(rows) for rows in parts], float) for f in (lambda r: probability[r].mean(), len, lambda r: won[r].sum()))
     low, high = _wilson(wins, count)
@@ -305,13 +305,15 @@ def calibration(
     better = "better than" if brier < base - 1e-4 else "no better than" if brier < base + 1e-4 else "worse than"
     return _dress(axes, f"Brier score {brier:.4f}, {better} the average's {base:.4f}", "said", "happened")
 
-# %% ../../nbs/evidence/56_plots.ipynb #c7269a6b
+# %% ../../nbs/evidence/56_plots.ipynb #49ba6a14
 def value_by_threshold(
     rows: Sequence[Any],           # candidates with threshold, trades, mean, lower, upper (fractions of notional)
     chosen: float | None = None,   # the threshold in use; None: abstains
     axes: Axes | None = None,
 ) -> Axes:
     "Mean net return a trade by threshold, with bounds that hold for all of them together."
+    if not rows:
+        return _dress(axes or canvas(8.4, 2.6), "Too few signals to weigh any threshold: the predictor abstains", "least probability", "net % a trade")
     axes, place = axes or canvas(8.4, 2.6), np.arange(len(rows))
     mean, low, high = (100 * np.array([getattr(row, name) for row in rows], float) for name in ("mean", "lower", "upper"))
     for x, row in enumerate(rows):
@@ -327,7 +329,7 @@ def value_by_threshold(
              else "No threshold has a lower bound above zero: the predictor abstains" if chosen is None else f"Threshold in use: {chosen:.3f}")
     return _dress(axes, title, "least probability", "net % a trade")
 
-# %% ../../nbs/evidence/56_plots.ipynb #b40fa94d
+# %% ../../nbs/evidence/56_plots.ipynb #defe3aef
 def contributions(
     names: Sequence[str],      # (P,) inputs
     inputs: np.ndarray,        # (n, P) as the model saw them, NaN where missing
@@ -337,7 +339,7 @@ def contributions(
 ) -> Axes:
     "How strongly each input speaks, and in which direction."
     axes, parts = axes or canvas(6.0, 3.4), np.asarray(parts, float)[:, : len(names)]
-    strength = np.abs(parts).mean(axis=0)
+    strength = np.abs(parts).sum(axis=0) / max(len(parts), 1)
     order = np.argsort(-strength, kind="stable")[:most]
     kinds = [(GAIN, "more of it speaks for the trade"), (LOSS, "against it"), (MIXED, "it depends")]
     chosen = [kinds[_direction(inputs[:, k], parts[:, k])] for k in order]

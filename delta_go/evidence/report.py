@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['STYLE', 'FETCHES', 'TEMPLATE', 'Table', 'make_table', 'percent', 'number', 'date', 'compare_accounts',
-           'list_evidence', 'list_thresholds', 'make_page', 'outside_needs', 'notebook_html', 'write_text',
-           'write_summary', 'read_summary', 'write_index']
+           'list_evidence', 'list_thresholds', 'list_regimes', 'describe_regimes', 'compare_truth', 'list_predictor',
+           'describe_predictor', 'list_candles', 'list_drift', 'make_page', 'outside_needs', 'notebook_html',
+           'write_text', 'write_summary', 'read_summary', 'write_index']
 
-# %% ../../nbs/evidence/57_report.ipynb #1d4b776d
+# %% ../../nbs/evidence/57_report.ipynb #38e1e1b0
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from html import escape
 from math import isfinite
@@ -73,22 +74,19 @@ def date(
     from datetime import UTC, datetime
     return "–" if time is None else datetime.fromtimestamp(time, UTC).strftime("%Y-%m-%d")
 
-# %% ../../nbs/evidence/57_report.ipynb #e700d733
+# %% ../../nbs/evidence/57_report.ipynb #08ab455c
 def compare_accounts(
-    summaries: Mapping[str, Mapping[str, Any]],  # by name: what `summarise_backtest` returns, gate first
+    rows: Sequence[Mapping[str, Any]],  # as from `verdict.compare`: strategy, net_return, and the rest where there is an account
 ) -> Table:
-    "Every policy and buy and hold, in one table."
-    def row(name: str, card: Mapping[str, Any]) -> dict[str, str]:
-        low, high = card["sharpe_ci95"] or (None, None)
-        return {"account": name, "net return": percent(card["net_return"], sign=True),
-                "Sharpe (95 % interval)": f"{number(card['sharpe'])} ({number(low)} to {number(high)})" if card["sharpe"] is not None else "–",
-                "worst fall": percent(card["max_drawdown"]), "trades": f"{card['trades']:,}", "won": percent(card["win_rate"], 0),
-                "profit factor": number(card["profit_factor"]), "in the market": percent(card["exposure"], 0),
-                "fees, USD": number(card["fees"], 0), "funding, USD": number(card["funding"], 0)}
-    rows = [row(name, card) for name, card in summaries.items()]
-    held = next(iter(summaries.values()))["buy_and_hold_return"]
-    nothing = dict.fromkeys(rows[0], "–") | {"account": "buy and hold", "net return": percent(held, sign=True)}
-    return make_table("The gate beside its baselines, after all costs, on data no model had seen", [*rows, nothing])
+    "Every strategy in one table."
+    def words(row: Mapping[str, Any]) -> dict[str, str]:
+        low, high = row.get("sharpe_ci95") or (None, None)
+        sharpe, trades = row.get("sharpe"), row.get("trades")
+        return {"strategy": row["strategy"], "net return": percent(row["net_return"], sign=True),
+                "Sharpe (95 % interval)": "–" if sharpe is None else f"{sharpe:.2f} ({number(low)} to {number(high)})",
+                "worst fall": percent(row.get("max_drawdown")), "trades": "–" if trades is None else f"{trades:,}", "won": percent(row.get("win_rate"), 0),
+                "in the market": percent(row.get("exposure"), 0), "fees, USD": number(row.get("fees"), 0), "funding, USD": number(row.get("funding"), 0)}
+    return make_table("Models and baselines after all costs, on data no model had seen", map(words, rows))
 
 # %% ../../nbs/evidence/57_report.ipynb #4f2cab57
 def list_evidence(
@@ -106,6 +104,83 @@ def list_thresholds(
     return make_table("Net return a trade by threshold, out of fold; the lower bounds hold together", [
         {"least probability": "all" if row.threshold <= 0 else f"{row.threshold:.3f}", "trades": f"{row.trades:,}", "mean": percent(row.mean, 3, True),
          "lower bound": percent(row.lower, 3, True), "in use": "yes" if chosen is not None and row.threshold == chosen else ""} for row in rows])
+
+# %% ../../nbs/evidence/57_report.ipynb #45654766
+def _span(values: Sequence[float], words: Callable[[float], str]) -> str:
+    known = [value for value in values if isfinite(value)]
+    return f"{words(min(known))} to {words(max(known))}" if known else "–"
+
+def list_regimes(
+    kinds: Mapping[str, str],       # by symbol: hmm or rule
+    qualities: Mapping[str, Any],   # by symbol: `regime_fit.RegimeQuality`
+) -> Table:
+    "Persistence, occupancy, forward volatility and stability of every regime model."
+    return make_table("Regime models", [{
+        "symbol": symbol, "kind": kinds[symbol], "share of bars": _span(quality.occupancy, lambda share: percent(share, 0)),
+        "bars a stay lasts": _span(quality.mean_duration, lambda bars: number(bars, 0)),
+        "volatility ahead, a bar": _span(quality.forward_volatility, lambda size: percent(size, 2)),
+        "p-value": "< 0.0001" if quality.volatility_p_value < 1e-4 else number(quality.volatility_p_value, 4), "names kept at a refit": percent(quality.name_stability),
+        "agrees with champion": percent(quality.champion_agreement), "why a rule": "; ".join(quality.reasons) or "–"} for symbol, quality in qualities.items()])
+
+def describe_regimes(
+    kinds: Mapping[str, str],       # by symbol: hmm or rule
+    qualities: Mapping[str, Any],   # by symbol: `regime_fit.RegimeQuality`
+) -> str:
+    "The conclusion about all regime models."
+    found = [symbol for symbol, kind in kinds.items() if kind == "hmm"]
+    shortest = min((bars for quality in qualities.values() for bars in quality.mean_duration if isfinite(bars)), default=float("nan"))
+    told = f"{len(found)} of {len(kinds)} symbols have five regimes that separate; the shortest lasts {number(shortest, 0)} bars on average"
+    return told + ("." if len(found) == len(kinds) else "; the rest use the hand-made rule.")
+
+# %% ../../nbs/evidence/57_report.ipynb #c7e941f4
+def compare_truth(
+    seen: Mapping[str, Any],            # by symbol: (m,) index into REGIMES, for the last m bars
+    truth: Mapping[str, Any] | None,    # by symbol: (n,) the true ones; None where nobody knows
+) -> Table:
+    "How often the filtered regime is the true one, beside always saying the most frequent."
+    def row(symbol: str, mine: Any, real: Any) -> dict[str, str]:
+        usual = max(float((real == k).mean()) for k in range(5))
+        return {"symbol": symbol, "filtered regime is the true one": percent(float((mine == real).mean())), "the most frequent one is": percent(usual)}
+    rows = [row(symbol, mine, truth[symbol][-len(mine):]) for symbol, mine in seen.items()] if truth else [{"symbol": "all", "truth": "not known for real candles"}]
+    return make_table("Filtered regimes beside the truth", rows)
+
+# %% ../../nbs/evidence/57_report.ipynb #9ac75fe8
+def list_predictor(
+    quality: Any,  # `predictor_fit.PredictorQuality`
+) -> Table:
+    "Out-of-fold scores of the predictor, and of the average."
+    rows = [("signals with a known outcome", f"{quality.examples:,}", "–"), ("worth of independent ones", number(quality.effective_examples, 0), "–"),
+            ("tested out of fold", f"{quality.tested:,}", "–"), ("share of winners", percent(quality.base_rate), "–"),
+            ("area under the ROC curve", number(quality.auc, 3), "0.500"), ("log loss", number(quality.log_loss, 4), number(quality.base_log_loss, 4)),
+            ("Brier score", number(quality.brier, 4), number(quality.base_brier, 4))]
+    return make_table("The predictor, out of fold", [{"what": what, "predictor": mine, "the average": other} for what, mine, other in rows])
+
+def describe_predictor(
+    predictor: Any,  # with threshold and abstain_reason
+) -> str:
+    "What the predictor decided to do."
+    return f"The predictor abstains: {predictor.abstain_reason}." if predictor.threshold is None else f"The predictor takes signals from a probability of {predictor.threshold:.3f} up."
+
+# %% ../../nbs/evidence/57_report.ipynb #1e596d81
+def list_candles(
+    candles: Mapping[str, Any],       # by symbol: `Candles`
+    fingerprints: Mapping[str, str],  # by symbol: digest of the candles
+) -> Table:
+    "Which candles were used."
+    def row(symbol: str, bars: Any) -> dict[str, str]:
+        span = (int(bars.time[-1]) - int(bars.time[0])) // bars.step + 1
+        return {"symbol": symbol, "candles": f"{len(bars):,}", "from": date(int(bars.time[0])), "to": date(int(bars.time[-1]) + bars.step),
+                "missing": f"{span - len(bars):,}", "without a trade": f"{int((bars.volume == 0).sum()):,}", "fingerprint": fingerprints[symbol][:12]}
+    return make_table("Candles", [row(symbol, bars) for symbol, bars in candles.items()])
+
+def list_drift(
+    drifts: Mapping[str, Sequence[Any]],  # by symbol: `drift.Drift`
+) -> Table:
+    "Inputs that are not stable, by symbol."
+    loud = [(symbol, each) for symbol, listed in drifts.items() for each in listed if each.status != "stable"]
+    rows = [{"symbol": symbol, "input": each.feature, "status": each.status, "stability index": number(each.psi), "largest gap": number(each.ks),
+             "missing": percent(each.missing, 0)} for symbol, each in loud]
+    return make_table("Inputs that moved", rows or [{"symbol": "all", "input": "all", "status": "stable"}])
 
 # %% ../../nbs/evidence/57_report.ipynb #b0920a71
 STYLE = """
