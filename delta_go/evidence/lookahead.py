@@ -94,7 +94,7 @@ def _value_leaks(known: Mapping[str, np.ndarray], later: Mapping[str, np.ndarray
             first = rows[0]
             yield Leak(column, "changed", cut, int(bars[first]), len(rows), was[first].tolist(), became[first].tolist())
 
-# %% ../../nbs/evidence/53_lookahead.ipynb #5c59137e
+# %% ../../nbs/evidence/53_lookahead.ipynb #a4b8e6a9
 def find_lookahead(
     pipeline: Pipeline,
     candles: Candles,            # closed bars only
@@ -115,7 +115,7 @@ def find_lookahead(
             raise InputError(f"pipeline: expected the same columns at every call, {', '.join(sorted(missing))} came and went")
         end = np.searchsorted(hindsight["time"], bar, side="right")
         later = {name: values[max(0, end - compared) : end] for name, values in hindsight.items()}
-        start = later["time"][0] if history and len(later["time"]) else 0
+        start = later["time"][0] if (history or end > compared) and len(later["time"]) else 0
         known = {name: values[known["time"] >= start] for name, values in known.items()}
         leaks += [*_row_leaks(known["time"], later["time"], bar), *_value_leaks(known, later, bar)]
     return leaks
