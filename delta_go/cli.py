@@ -72,7 +72,7 @@ def run(
     summary = run_all(out, parameters)
     typer.echo(f"\nverdict: {summary['verdict']}\nreport:  {out / 'reports' / 'index.html'}")
 
-# %% ../nbs/90_cli.ipynb #bfffd05a
+# %% ../nbs/90_cli.ipynb #c4789229
 @data_app.command("check")
 def check(
     folder: Annotated[Path, typer.Argument(help="Folder of candle files.")],
@@ -83,7 +83,9 @@ def check(
     from rich.table import Table
 
     from delta_go.market.store import HEALTH_HEADER, any_bad, health_cells, health_table
-    rows, table = health_table(folder), Table(*HEALTH_HEADER)
+    rows, table = health_table(folder), Table()
+    for number, name in enumerate(HEALTH_HEADER):
+        table.add_column(name, no_wrap=number == 0, justify="right" if number in (1, 4, 5) else "left")
     for row in rows:
         table.add_row(*health_cells(row))
     Console().print(table)
