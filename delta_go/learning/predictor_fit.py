@@ -76,11 +76,11 @@ def known_before(
     "The examples whose outcome was known an embargo before a moment: all that a model fitted then may see."
     return examples.take(examples.end + embargo <= moment)
 
-# %% ../../nbs/learning/28_predictor_fit.ipynb #1878b21c
+# %% ../../nbs/learning/28_predictor_fit.ipynb #f49b3257
 @dataclass(frozen=True, slots=True)
 class FitSettings:
     "Every number of the fit."
-    rounds: int = 80              # trees
+    rounds: int = 40              # trees
     depth: int = 3                # levels of a tree
     learning_rate: float = 0.05
     least_weight: float = 20.0    # least sum of p(1 - p) in a leaf: about 85 examples
