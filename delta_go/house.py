@@ -10,11 +10,10 @@ __all__ = ['DEFAULT_EXP', 'FLOORS', 'CLOSED_DOORS', 'INFERENCE', 'HEAVY', 'DANGE
            'weight_faults', 'dangers_in', 'sources', 'danger_faults', 'read_ini', 'python_faults', 'normal_name',
            'pin_faults', 'action_faults', 'project_files', 'word_faults', 'function_faults', 'shape_faults']
 
-# %% ../nbs/99_house.ipynb #1484bc8c
+# %% ../nbs/99_house.ipynb #4d491bab
 import ast
 import configparser
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -145,7 +144,7 @@ def floor_faults(
                 faults.append(f"{room.module} ({room.number}) imports {other} ({rooms[other].number}): move what they share below both")
     return faults
 
-# %% ../nbs/99_house.ipynb #f816fc8f
+# %% ../nbs/99_house.ipynb #33676636
 def tree_faults(
     fresh: Path,      # what was exported just now
     committed: Path,  # what lies in the project
@@ -165,9 +164,8 @@ def export_faults(
         fresh = Path(folder)
         shutil.copy(root / "settings.ini", fresh)
         shutil.copytree(root / "nbs", fresh / "nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
-        environment = {name: value for name, value in os.environ.items() if name != "IN_TEST"}
-        done = subprocess.run([sys.executable, "-c", "from nbdev.doclinks import nbdev_export as export; export()"],
-                              cwd=fresh, env=environment, capture_output=True, text=True)
+        command = [sys.executable, "-c", "import os; os.environ.pop('IN_TEST', 0); from nbdev.doclinks import nbdev_export as export; export()"]
+        done = subprocess.run(command, cwd=fresh, capture_output=True, text=True)
         return tree_faults(fresh / "delta_go", root / "delta_go") if done.returncode == 0 else [f"the export fails: {done.stderr.strip()[-500:]}"]
 
 # %% ../nbs/99_house.ipynb #5845a9ce
@@ -338,7 +336,7 @@ def pin_faults(
                 faults.append(f"settings.ini {key}: expected {name}=={known} as in constraints.txt, got {version or 'no pin'}")
     return faults
 
-# %% ../nbs/99_house.ipynb #c15f7eb1
+# %% ../nbs/99_house.ipynb #2d32be8b
 def action_faults(
     root: Path,  # the project's folder
 ) -> list[str]:
@@ -346,8 +344,8 @@ def action_faults(
     faults = []
     for path in sorted(root.glob(".github/workflows/*.yml")):
         text = path.read_text(encoding="utf-8")
-        loose = [use for use in re.findall(r"uses:\s*(\S+)", text) if not re.search(r"@[0-9a-f]{40}$", use)]
-        wanted = {f"{use} pinned by its 40-digit commit": False for use in loose}
+        uses = re.findall(r"uses:\s*(\S+)", text)
+        wanted = {f"{use} pinned by its 40-digit commit": bool(re.search(r"@[0-9a-f]{40}$", use)) for use in uses}
         wanted["'permissions: {}' at the top"] = bool(re.search(r"^permissions: \{\}", text, re.MULTILINE))
         wanted["'persist-credentials: false' with every checkout"] = text.count("actions/checkout@") == text.count("persist-credentials: false")
         faults += [f"{path.name}: expected {what}" for what, kept in wanted.items() if not kept]
