@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['STYLE', 'FETCHES', 'TEMPLATE', 'Table', 'make_table', 'percent', 'number', 'date', 'compare_accounts',
            'list_evidence', 'list_thresholds', 'list_regimes', 'describe_regimes', 'compare_truth', 'list_predictor',
-           'describe_predictor', 'list_candles', 'list_drift', 'make_page', 'outside_needs', 'notebook_html',
-           'write_text', 'write_summary', 'read_summary', 'write_index']
+           'describe_predictor', 'list_folds', 'list_candles', 'list_drift', 'list_signals', 'list_models', 'list_now',
+           'describe_walk', 'describe_health', 'make_page', 'outside_needs', 'notebook_html', 'write_text',
+           'write_json', 'write_summary', 'read_summary', 'write_index']
 
-# %% ../../nbs/evidence/57_report.ipynb #38e1e1b0
+# %% ../../nbs/evidence/57_report.ipynb #b2a53efa
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,7 +19,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from ..domain import InputError
+from ..domain import REGIMES, InputError
 from .metrics import json_ready
 
 # %% ../../nbs/evidence/57_report.ipynb #af7d8668
@@ -51,14 +52,14 @@ def make_table(
     columns = tuple(listed[0]) if listed else ("nothing",)
     return Table(caption, columns, tuple(tuple(str(row[name]) for name in columns) for row in listed))
 
-# %% ../../nbs/evidence/57_report.ipynb #9cdbb18a
+# %% ../../nbs/evidence/57_report.ipynb #9f8c6ee5
 def percent(
     value: float | None,  # a fraction
     digits: int = 1,
     sign: bool = False,   # write a plus too
 ) -> str:
-    "A fraction in percent, a dash when unknown."
-    return "–" if value is None or not isfinite(value) else f"{100 * value:{'+' if sign else ''}.{digits}f} %"
+    "A fraction in percent, with a space that does not break; a dash when unknown."
+    return "–" if value is None or not isfinite(value) else f"{100 * value:{'+' if sign else ''}.{digits}f}\u00a0%"
 
 def number(
     value: float | None,
@@ -105,7 +106,7 @@ def list_thresholds(
         {"least probability": "all" if row.threshold <= 0 else f"{row.threshold:.3f}", "trades": f"{row.trades:,}", "mean": percent(row.mean, 3, True),
          "lower bound": percent(row.lower, 3, True), "in use": "yes" if chosen is not None and row.threshold == chosen else ""} for row in rows])
 
-# %% ../../nbs/evidence/57_report.ipynb #45654766
+# %% ../../nbs/evidence/57_report.ipynb #80c048d7
 def _span(values: Sequence[float], words: Callable[[float], str]) -> str:
     known = [value for value in values if isfinite(value)]
     return f"{words(min(known))} to {words(max(known))}" if known else "–"
@@ -119,7 +120,7 @@ def list_regimes(
         "symbol": symbol, "kind": kinds[symbol], "share of bars": _span(quality.occupancy, lambda share: percent(share, 0)),
         "bars a stay lasts": _span(quality.mean_duration, lambda bars: number(bars, 0)),
         "volatility ahead, a bar": _span(quality.forward_volatility, lambda size: percent(size, 2)),
-        "p-value": "< 0.0001" if quality.volatility_p_value < 1e-4 else number(quality.volatility_p_value, 4), "names kept at a refit": percent(quality.name_stability),
+        "p-value": "<\u00a00.0001" if quality.volatility_p_value < 1e-4 else number(quality.volatility_p_value, 4), "names kept at a refit": percent(quality.name_stability),
         "agrees with champion": percent(quality.champion_agreement), "why a rule": "; ".join(quality.reasons) or "–"} for symbol, quality in qualities.items()])
 
 def describe_regimes(
@@ -161,6 +162,19 @@ def describe_predictor(
     "What the predictor decided to do."
     return f"The predictor abstains: {predictor.abstain_reason}." if predictor.threshold is None else f"The predictor takes signals from a probability of {predictor.threshold:.3f} up."
 
+# %% ../../nbs/evidence/57_report.ipynb #0a5f3234
+def list_folds(
+    folds: Sequence[Any],  # `walk_forward.Fold`
+) -> Table:
+    "What was refitted for each test period."
+    def row(fold: Any) -> dict[str, str]:
+        models, threshold = fold.models, fold.models.predictor.threshold
+        fitted = sum(model.kind == "hmm" for model in models.regimes.values())
+        return {"test period": f"{date(fold.start)} to {date(fold.end)}", "regimes fitted": f"{fitted} of {len(models.regimes)}",
+                "past signals": f"{models.predictor_quality.examples:,}", "winners": percent(models.predictor_quality.base_rate),
+                "ROC area": number(models.predictor_quality.auc, 3), "threshold": "abstains" if threshold is None else f"{threshold:.3f}"}
+    return make_table("Refitted for each test period, from its past alone", map(row, folds))
+
 # %% ../../nbs/evidence/57_report.ipynb #1e596d81
 def list_candles(
     candles: Mapping[str, Any],       # by symbol: `Candles`
@@ -181,6 +195,56 @@ def list_drift(
     rows = [{"symbol": symbol, "input": each.feature, "status": each.status, "stability index": number(each.psi), "largest gap": number(each.ks),
              "missing": percent(each.missing, 0)} for symbol, each in loud]
     return make_table("Inputs that moved", rows or [{"symbol": "all", "input": "all", "status": "stable"}])
+
+# %% ../../nbs/evidence/57_report.ipynb #3929ba6f
+def list_signals(
+    readings: Mapping[str, Any],  # by symbol: `reading.Reading`
+    examples: Any,                # `predictor_fit.Examples`, symbols numbered in order of their names
+) -> Table:
+    "How many signals each symbol gave, and what became of them."
+    def row(group: int, symbol: str) -> dict[str, str]:
+        side, mine = readings[symbol].signals.side, examples.take(examples.group == group)
+        won, mean = (float(mine.label.mean()), float(mine.net_return.mean())) if len(mine) else (None, None)
+        return {"symbol": symbol, "bars": f"{len(side):,}", "signals": f"{int((side != 0).sum()):,}", "buys": f"{int((side > 0).sum()):,}",
+                "known outcome": f"{len(mine):,}", "won": percent(won), "mean net return": percent(mean, 3, True)}
+    return make_table("Signals and their outcomes after costs", [row(group, symbol) for group, symbol in enumerate(sorted(readings))])
+
+def list_models(
+    manifest: Any,  # `registry.Manifest`
+) -> Table:
+    "Files of a set of models."
+    return make_table(f"Models for {manifest.resolution} candles: {manifest.verdict}", [
+        {"file": name, "kind": entry["kind"], "bytes": f"{entry['bytes']:,}", "sha256": entry["sha256"][:16]} for name, entry in sorted(manifest.files.items())])
+
+def list_now(
+    readings: Mapping[str, Any],  # by symbol: `reading.Reading`
+) -> Table:
+    "What the models see at the last candle."
+    def row(symbol: str, reading: Any) -> dict[str, str]:
+        side = int(reading.signals.side[-1])
+        return {"symbol": symbol, "last candle": date(int(reading.features.time[-1])), "regime": REGIMES[int(reading.regimes.regime[-1])].replace("_", " "),
+                "confidence": percent(float(reading.regimes.confidence[-1]), 0), "signal": {1: "buy", -1: "sell"}.get(side, "none")}
+    return make_table("The market at the last candle", [row(symbol, reading) for symbol, reading in readings.items()])
+
+# %% ../../nbs/evidence/57_report.ipynb #6c309830
+def describe_walk(
+    evidence: Any,  # `gate.Evidence`
+    periods: int,   # test periods
+) -> str:
+    "What the walk-forward showed."
+    earned = f"{evidence.trades:,} trades, net return {percent(evidence.net_return, sign=True)}" if evidence.trades else "the predictor let no signal through, no trade was made"
+    return f"Over {periods} test periods: {earned}."
+
+def describe_health(
+    drifts: Mapping[str, Sequence[Any]],  # by symbol: `drift.Drift`
+    audit: Table,                         # from `workflows.audit_lookahead`
+) -> str:
+    "Whether models and market still fit, and whether anything looks ahead."
+    gone = [f"{symbol} {each.feature}" for symbol, listed in drifts.items() for each in listed if each.status in ("drifted", "missing")]
+    changed = audit.columns.index("values that changed")
+    leaks = sum(int(row[changed].replace(",", "")) for row in audit.rows)
+    told = "Nothing looks ahead" if not leaks else f"LOOK-AHEAD: {leaks} values depend on the future"
+    return f"{told}; {'no input has drifted' if not gone else f'{len(gone)} inputs have drifted: ' + ', '.join(gone[:4])}."
 
 # %% ../../nbs/evidence/57_report.ipynb #b0920a71
 STYLE = """
@@ -260,7 +324,7 @@ def notebook_html(
     body, _ = HTMLExporter(raw_template=TEMPLATE).from_notebook_node(described, {"injected": injected})
     return make_page(title, body)
 
-# %% ../../nbs/evidence/57_report.ipynb #6f8fbad0
+# %% ../../nbs/evidence/57_report.ipynb #132e980a
 def write_text(
     path: Path,  # its folder is made if it is not there
     text: str,
@@ -272,6 +336,14 @@ def write_text(
     partial.replace(path)
     return path
 
+def write_json(
+    path: Path,
+    value: Any,  # numbers, text, arrays, and lists or mappings of them; what is not finite becomes null
+) -> Path:
+    "Write plain values as JSON."
+    return write_text(path, json.dumps(json_ready(value), indent=1, ensure_ascii=False) + "\n")
+
+# %% ../../nbs/evidence/57_report.ipynb #71a27c8f
 def write_summary(
     out: Path | str,         # the output folder
     workflow: str,           # its name
@@ -281,7 +353,7 @@ def write_summary(
 ) -> Path:
     "Write OUT/reports/{workflow}/summary.json."
     summary = {"workflow": workflow, "headline": headline, **facts, "tables": [asdict(table) for table in tables]}
-    return write_text(Path(out) / "reports" / workflow / "summary.json", json.dumps(json_ready(summary), indent=1, ensure_ascii=False) + "\n")
+    return write_json(Path(out) / "reports" / workflow / "summary.json", summary)
 
 def read_summary(
     out: Path | str,
@@ -308,7 +380,7 @@ def _tables(summary: Mapping[str, Any]) -> str:
     tables = (Table(each["caption"], tuple(each["columns"]), tuple(map(tuple, each["rows"]))) for each in summary["tables"])
     return "\n".join(f'<div class="scroll">{table._repr_html_()}</div>' for table in tables)
 
-# %% ../../nbs/evidence/57_report.ipynb #67685fbe
+# %% ../../nbs/evidence/57_report.ipynb #69df4419
 def write_index(
     out: Path | str,
     verdict: str,                                  # the gate's line
@@ -318,6 +390,7 @@ def write_index(
     "Write OUT/reports/index.html and summary.json."
     folder, trade = Path(out) / "reports", verdict == "trade"
     told = ("The evidence was strong enough on every count: the models may trade." if trade else
+            "The run stopped before its end. Models that were there before are still the ones in force." if verdict.startswith("failed") else
             "The models are kept and reported, and the predictor does not trade. That is a result, and most honest searches end with it.")
     parts = ["<h1>delta_go: what the evidence says</h1>",
              f'<div class="verdict{" trade" if trade else ""}"><strong>{escape(verdict)}</strong></div>', f"<p>{told}</p>",
@@ -327,8 +400,6 @@ def write_index(
     for name, summary in reversed(list(summaries.items())):
         if summary["tables"]:
             parts += [f"<h2>{escape(name.replace('_', ' '))}</h2>", f"<p>{escape(summary['headline'])}</p>", _tables(summary)]
-    known = {"verdict": verdict, "trade": trade, **facts, "workflows": {name: {**summary, "tables": None} for name, summary in summaries.items()}}
-    for entry in known["workflows"].values():  # type: ignore[attr-defined]
-        del entry["tables"]
-    write_text(folder / "summary.json", json.dumps(json_ready(known), indent=1, ensure_ascii=False) + "\n")
+    known = {"verdict": verdict, "trade": trade, **facts, "headlines": {name: summary["headline"] for name, summary in summaries.items()}}
+    write_json(folder / "summary.json", known)
     return write_text(folder / "index.html", make_page("delta_go: evidence", "\n".join(parts)))

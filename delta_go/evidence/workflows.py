@@ -8,7 +8,8 @@ __all__ = ['WORKFLOWS', 'Told', 'WATCHED', 'MONTH', 'project_folder', 'find_work
            'measure_drift', 'save_candidate', 'publish_models', 'find_champion', 'load_champions', 'newest_models',
            'audit_lookahead', 'select_parameters', 'open_market', 'market_facts', 'show_progress', 'run_all']
 
-# %% ../../nbs/evidence/58_workflows.ipynb #f95d1ad7
+# %% ../../nbs/evidence/58_workflows.ipynb #223056bf
+import ast
 import json
 import logging
 import os
@@ -79,7 +80,12 @@ def check_parameters(
     if unknown := [name for name in parameters if name not in known]:
         raise InputError(f"{notebook.stem}: unknown parameter {', '.join(unknown)}; expected of {', '.join(known)}")
 
-# %% ../../nbs/evidence/58_workflows.ipynb #dc4d874d
+# %% ../../nbs/evidence/58_workflows.ipynb #62b3b5de
+def _written_defaults(notebook: Any) -> dict[str, Any]:
+    written = next((cell.source for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])), "")
+    lines = (line for line in ast.parse(written).body if isinstance(line, ast.Assign))
+    return {line.targets[0].id: ast.literal_eval(line.value) for line in lines if isinstance(line.targets[0], ast.Name)}
+
 def _shown_parameters(parameters: Mapping[str, Any]) -> str:
     short = {name: Path(value).name if isinstance(value, str) and os.sep in value else value for name, value in parameters.items()}
     return "\n".join(["# Parameters", *(f"{name} = {value!r}" for name, value in short.items())])
@@ -100,6 +106,7 @@ def tidy_notebook(
     parameters: Mapping[str, Any],  # what was injected
 ) -> Any:                           # the same notebook
     "Leave what is the same each time."
+    every = {**_written_defaults(notebook), **parameters}
     notebook.metadata = {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}, "language_info": {"name": "python"}}
     for number, cell in enumerate(notebook.cells):
         tags = cell.metadata.get("tags", [])
@@ -107,7 +114,7 @@ def tidy_notebook(
         if "papermill-error-cell-tag" in tags:
             cell.id = f"error-{number}"
         if "injected-parameters" in tags:
-            cell.id, cell.source = "injected-parameters", _shown_parameters(parameters)
+            cell.id, cell.source = "injected-parameters", _shown_parameters(every)
         if cell.cell_type == "code":
             cell.execution_count, cell.outputs = None, _join_streams(cell.outputs)
             for output in cell.outputs:
@@ -325,7 +332,7 @@ def audit_lookahead(
         rows.append({"symbol": symbol, "bars cut at": f"{cuts}", "values that changed": f"{len(found)}", "first": found[0].words if found else "–"})
     return make_table("Look-ahead: what changes when the future is cut off", rows)
 
-# %% ../../nbs/evidence/58_workflows.ipynb #621c3416
+# %% ../../nbs/evidence/58_workflows.ipynb #41c05a32
 def select_parameters(
     parameters: Mapping[str, Any],   # for all of them
     folder: Path | None = None,      # of notebooks
@@ -344,11 +351,12 @@ def open_market(
     start: str = "",         # ISO dates
     end: str = "",
     seed: int = 0,           # of the simulated market
-    edge: str = "",
+    edge: str = "",          # planted in it
+    allow_gaps: bool = False,
     **others: Any,           # parameters that are not about the market
 ) -> LoadedMarket:
     "The market that a workflow's parameters speak of."
-    return load_market(data, resolution, [word.strip() for word in symbols.split(",") if word.strip()], start, end, seed, edge)
+    return load_market(data, resolution, [word.strip() for word in symbols.split(",") if word.strip()], start, end, seed, edge, allow_gaps)
 
 # %% ../../nbs/evidence/58_workflows.ipynb #4bd2baee
 def market_facts(
