@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['Outcomes', 'label_outcomes']
 
-# %% ../../nbs/learning/25_outcomes.ipynb #fb063aec
+# %% ../../nbs/learning/25_outcomes.ipynb #e9b32a82
 from dataclasses import dataclass
 
 import numpy as np
 
-from ..domain import Product
+from ..domain import InputError, Product
 from ..market.candles import Candles
 from ..market.compiled import bar_fill, bracket_prices, compiled, slip
 from ..market.venue import NO_FILL, TIME, Costs, fee_rate, ticks_per_unit
@@ -55,22 +55,21 @@ def _walk(
 
 _walk_fast = compiled(_walk)
 
-# %% ../../nbs/learning/25_outcomes.ipynb #e4bf2fd3
-def _walk_all(decided, side, stop, target, max_bars, time, step, open_, high, low, funding, slippage, rate, per_unit):
-    exits = np.full(len(decided), -1)
-    codes = np.zeros(len(decided), np.int8)
-    earned = np.zeros(len(decided))
+# %% ../../nbs/learning/25_outcomes.ipynb #d79017b1
+def _walk_all(
+    decided, side, stop, target, max_bars, time, step, open_, high, low, funding, slippage, rate, per_unit,  # as above, for all signals
+    exits, codes, earned,                                                                                    # the answer, written here
+):
     for k in range(len(decided)):
         t = decided[k]
         if t + 1 < len(time):
             bar, code, net = _walk(t, side[k], stop[k], target[k], max_bars[k], open_, high, low, funding, slippage, rate, per_unit)
             if bar >= 0 and time[bar] - time[t] == (bar - t) * step:
                 exits[k], codes[k], earned[k] = bar, code, net
-    return exits, codes, earned
 
 _walk_all_fast = compiled(_walk_all, _walk=_walk_fast)
 
-# %% ../../nbs/learning/25_outcomes.ipynb #2bb34577
+# %% ../../nbs/learning/25_outcomes.ipynb #dc929361
 def label_outcomes(
     candles: Candles,
     side: np.ndarray,      # (m,) +1, -1, 0 for none; aligned with the candles' last m bars
@@ -82,11 +81,14 @@ def label_outcomes(
     costs: Costs,
 ) -> Outcomes:
     "What every signal with a known end would have earned."
+    if len(side) > len(candles) or len(funding) != len(candles):
+        raise InputError(f"outcomes: expected at most {len(candles)} signals and {len(candles)} funding rates, got {len(side)} and {len(funding)}")
     rows = np.flatnonzero(side)
     decided = rows + len(candles) - len(side)
-    exits, codes, earned = _walk_all_fast(
+    exits, codes, earned = np.full(len(rows), -1), np.zeros(len(rows), np.int8), np.zeros(len(rows))
+    _walk_all_fast(
         decided, side[rows].astype(np.int64), stop[rows], target[rows], max_bars[rows].astype(np.int64),
         candles.time, candles.step, candles.open, candles.high, candles.low, funding,
-        costs.slippage, fee_rate(product, costs), ticks_per_unit(product))
+        costs.slippage, fee_rate(product, costs), ticks_per_unit(product), exits, codes, earned)
     known = exits >= 0
     return Outcomes(decided[known], exits[known], candles.time[decided[known]], candles.time[exits[known]], earned[known], codes[known])

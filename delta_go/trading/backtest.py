@@ -6,24 +6,24 @@
 __all__ = ['PLAN_COLUMNS', 'POSITION', 'CLOSED', 'POLICIES', 'Tape', 'build_tape', 'Backtest', 'run_backtest', 'ledger_of',
            'decisions_of', 'missing_funding']
 
-# %% ../../nbs/trading/44_backtest.ipynb #5ab0140b
-from collections.abc import Mapping
+# %% ../../nbs/trading/44_backtest.ipynb #e421dba7
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from ..domain import EXIT_REASONS, REGIMES, Decision, InputError, Product, Trade
 from ..market import compiled as fast
-from ..market.candles import Candles
+from ..market.candles import Candles, show_time
 from ..market.venue import END, FUNDING_INTERVAL, NO_FILL, SIGNAL, TIME, Costs, fee_rate, funding_on_bars, ticks_per_unit
-from ..market.venue import bankruptcy_price, bar_fill, fee, funding_cost, liquidation_price, slip
+from ..market.venue import bankruptcy_price, bar_fill, bracket_prices, fee, funding_cost, liquidation_price, slip
 from . import decide as rules
 from .decide import ACTIONS, ENTER, EXIT, NO_BAR, NO_SIGNAL, OUT_OF_TIME, PERMIT, REASONS, SKIP, decide_bar
 from .ledger import settle
 from .plan import Plan
-from .risk import RiskLimits, room_left, size_position, watch
+from .risk import RiskLimits, check_leverage, room_left, size_position, watch
 
-# %% ../../nbs/trading/44_backtest.ipynb #09c4aef6
+# %% ../../nbs/trading/44_backtest.ipynb #0d7a0e84
 @dataclass(frozen=True, slots=True)
 class Tape:
     "Market and plans of all symbols, aligned: arrays are (bars, symbols)."
@@ -35,11 +35,11 @@ class Tape:
     plan: dict[str, np.ndarray]      # the fields of Plan
     busy: np.ndarray                 # (bars,) bool: any signal at this close
     last: np.ndarray                 # bool: the symbol's last bar
-    words: tuple[str, ...] = ()
+    words: tuple[tuple[str, ...], ...]  # the strategies' reasons, per symbol
 
     def __len__(self) -> int: return len(self.time)
 
-# %% ../../nbs/trading/44_backtest.ipynb #a023b526
+# %% ../../nbs/trading/44_backtest.ipynb #9af9f464
 def _carry_forward(values: np.ndarray, present: np.ndarray) -> np.ndarray:
     last = np.maximum.accumulate(np.where(present, np.arange(len(values)), 0))
     return values[last]
@@ -49,15 +49,33 @@ def _last_bars(present: np.ndarray) -> np.ndarray:
     last[len(present) - 1 - np.argmax(present[::-1], axis=0), np.arange(present.shape[1])] = True
     return last
 
-def _lay(column, at, length, blank, dtype):
-    laid = np.full(length, blank, dtype)
+def _lay(column: np.ndarray | bool, at: np.ndarray, length: int, blank: float, dtype: type) -> np.ndarray:
+    laid: np.ndarray = np.full(length, blank, dtype)
     laid[at] = column
     return laid
 
-PLAN_COLUMNS = {"side": (0, np.int64), "stop": (np.nan, float), "target": (np.nan, float), "max_bars": (0, np.int64), "regime": (0, np.int64),
-                "confidence": (0.0, float), "probability": (np.nan, float), "permitted": (0, np.int64), "reason": (0, np.int64)}
+def _union(times: list[np.ndarray]) -> np.ndarray:
+    time = np.sort(np.concatenate(times))
+    return time[np.append(True, np.diff(time) > 0)] if len(time) else time
 
-# %% ../../nbs/trading/44_backtest.ipynb #32094808
+PLAN_COLUMNS = {"side": (0, np.int64), "stop": (np.nan, float), "target": (np.nan, float), "max_bars": (0, np.int64), "regime": (0, np.int64),
+                "confidence": (0.0, float), "probability": (np.nan, float), "permitted": (0, np.int8), "reason": (0, np.int64)}
+
+# %% ../../nbs/trading/44_backtest.ipynb #03ed24d0
+def _check_plan(symbol: str, candles: Candles, plan: Plan) -> None:
+    lengths = {len(getattr(plan, name)) for name in PLAN_COLUMNS}
+    if len(lengths) > 1 or max(lengths) > len(candles):
+        raise InputError(f"{symbol}: expected plan columns of one length, {len(candles)} candles at most, got {sorted(lengths)} rows")
+    rows = np.flatnonzero(plan.side)
+    bars = rows + len(candles) - len(plan.side)
+    way, close, stop, target = plan.side[rows], candles.close[bars], plan.stop[rows], plan.target[rows]
+    wrong = np.flatnonzero(~((way * (close - stop) > 0) & (way * (target - close) > 0) & (plan.max_bars[rows] >= 1)))
+    if len(wrong):
+        k = wrong[0]
+        raise InputError(f"{symbol} {show_time(candles.time[bars[k]])}: expected a signal with its close between stop and target, and one bar or more; "
+                         f"got close {close[k]:g}, stop {stop[k]:g}, target {target[k]:g}, {plan.max_bars[rows[k]]} bars")
+
+# %% ../../nbs/trading/44_backtest.ipynb #06fbdf84
 def build_tape(
     candles: Mapping[str, Candles],     # by symbol, all of one step
     plans: Mapping[str, Plan],          # by symbol
@@ -68,17 +86,21 @@ def build_tape(
 ) -> Tape:
     "Lay symbols side by side; raises InputError where nothing is left to trade."
     symbols = sorted(plans)
+    if unknown := [s for s in symbols if s not in candles or s not in products]:
+        raise InputError(f"backtest: expected candles and a product for every plan, got none for {', '.join(unknown)}")
     steps = {candles[s].step for s in symbols}
     if len(steps) != 1:
         raise InputError(f"candles: expected one step for all symbols, got {sorted(steps)} seconds")
-    step = steps.pop()
+    for s in symbols:
+        _check_plan(s, candles[s], plans[s])
     chosen = {s: _decision_rows(candles[s], plans[s], start, end) for s in symbols}
-    time = np.unique(np.concatenate([candles[s].time[rows] for s, rows in chosen.items()]))
+    time = _union([candles[s].time[rows] for s, rows in chosen.items()])
     if not len(time):
         raise InputError("backtest: no bar closes in the range; the candles may end before it, or be shorter than a window")
     columns: dict[str, list[np.ndarray]] = {name: [] for name in ("present", "open", "high", "low", "close", "funding", *PLAN_COLUMNS)}
     for s in symbols:
         rows, bars, plan = chosen[s], candles[s], plans[s]
+        planned = slice(rows.start - (len(bars) - len(plan.side)), rows.stop - (len(bars) - len(plan.side)))
         at = np.searchsorted(time, bars.time[rows])
         present = _lay(True, at, len(time), False, bool)
         columns["present"].append(present)
@@ -87,21 +109,18 @@ def build_tape(
         columns["close"].append(_carry_forward(_lay(bars.close[rows], at, len(time), np.nan, float), present))
         columns["funding"].append(funding_on_bars(time, *((funding or {}).get(s) or (np.empty(0, np.int64), np.empty(0)))))
         for name, (blank, dtype) in PLAN_COLUMNS.items():
-            columns[name].append(_lay(getattr(plan, name)[rows - (len(bars) - len(plan.side))], at, len(time), blank, dtype))
+            columns[name].append(_lay(getattr(plan, name)[planned], at, len(time), blank, dtype))
     laid = {name: np.ascontiguousarray(np.column_stack(parts)) for name, parts in columns.items()}
-    return Tape(tuple(products[s] for s in symbols), step, time, laid["present"], {k: laid[k] for k in ("open", "high", "low", "close", "funding")},
-                {k: laid[k] for k in PLAN_COLUMNS}, (laid["side"] != 0).any(axis=1), _last_bars(laid["present"]), next(iter(plans.values())).words)
+    return Tape(tuple(products[s] for s in symbols), steps.pop(), time, laid["present"], {k: laid[k] for k in ("open", "high", "low", "close", "funding")},
+                {k: laid[k] for k in PLAN_COLUMNS}, (laid["side"] != 0).any(axis=1), _last_bars(laid["present"]), tuple(plans[s].words for s in symbols))
 
-# %% ../../nbs/trading/44_backtest.ipynb #1e8c7b58
-def _decision_rows(candles: Candles, plan: Plan, start: int | None, end: int | None) -> np.ndarray:
+# %% ../../nbs/trading/44_backtest.ipynb #7fce7da2
+def _decision_rows(candles: Candles, plan: Plan, start: int | None, end: int | None) -> slice:
     closes = candles.time + candles.step
-    inside = np.ones(len(closes), bool)
-    inside[: len(closes) - len(plan.side)] = False
+    first = len(closes) - len(plan.side)
     if start is not None:
-        inside &= closes >= start
-    if end is not None:
-        inside &= closes < end
-    return np.flatnonzero(inside)
+        first = max(first, int(np.searchsorted(closes, start)))
+    return slice(first, max(first, len(closes) if end is None else int(np.searchsorted(closes, end))))
 
 # %% ../../nbs/trading/44_backtest.ipynb #f96e9303
 POSITION = np.dtype([(name, np.int64) for name in ("side", "size", "bars", "limit", "entry_bar", "decided", "leaving")]
@@ -167,58 +186,51 @@ def _mark(cash, held, close, contract_value):
             equity += held[s]["side"] * held[s]["size"] * contract_value[s] * (close[s] - held[s]["entry"])
     return equity
 
-# %% ../../nbs/trading/44_backtest.ipynb #f84aac40
+# %% ../../nbs/trading/44_backtest.ipynb #f6580b3f
 def _run(
-    time, step, present, last, open_, high, low, close, funding,                    # the market
+    time, step, present, tradable, last, open_, high, low, close, funding,          # the market; tradable: present, and not the last bar
     side, stop, target, limit, confidence, regime, permitted, busy,                 # the plan; busy: any signal on this bar
     contract_value, per_unit, max_size, maintenance,                                # the products
-    rate, slippage, cash, regime_risk, max_position, max_exposure, leverage, daily_loss, max_drawdown, gated,
+    rate, slippage, cash, risk, max_position, max_exposure, leverage, daily_loss, max_drawdown, gated,
+    held, stops, targets,                                                           # (symbols,) memory: positions, and brackets just decided
     equity, action, reason, size, rows,                                             # the answer, written here
 ):
-    count, symbols = 0, present.shape[1]
-    held = np.zeros(symbols, POSITION)
-    stops, targets, risk = np.zeros(symbols), np.zeros(symbols), np.zeros(symbols)
-    word, tradable = np.full(symbols, PERMIT), np.zeros(symbols, np.bool_)
-    for s in range(symbols):
-        held[s]["entry_bar"] = -1
+    count, symbols = 0, len(held)
+    held_side, held_size, held_bars, held_limit = held["side"], held["size"], held["bars"], held["limit"]
     day, day_start, peak, latched, blocked, open_positions = time[0] // 86_400, cash, cash, False, 0, 0
     previous = cash
     for t in range(len(time)):
         if open_positions > 0:
             open_positions = 0
             for s in range(symbols):
-                if held[s]["side"] != 0 and present[t, s]:
+                if held_side[s] != 0 and present[t, s]:
                     cash += _play_bar(held[s], rows[count], s, t, last[t, s], open_[t, s], high[t, s], low[t, s], close[t, s], funding[t, s],
                                       contract_value[s], per_unit[s], maintenance[s], slippage, rate[s], leverage)
-                    count += held[s]["side"] == 0
-                open_positions += held[s]["side"] != 0
+                    count += held_side[s] == 0
+                open_positions += held_side[s] != 0
         marked = _mark(cash, held, close[t], contract_value) if open_positions > 0 else cash
         equity[t] = marked
         if gated:
             day, day_start, peak, latched, blocked = watch(marked, previous, time[t] + step, day, day_start, peak, latched, daily_loss, max_drawdown)
         previous = marked
         if busy[t] or open_positions > 0:
-            for s in range(symbols):
-                tradable[s], risk[s] = present[t, s] and not last[t, s], regime_risk[regime[t, s]]
-                if gated:
-                    word[s] = permitted[t, s]
-            decide_bar(tradable, side[t], stop[t], target[t], confidence[t], risk, word, close[t], contract_value, per_unit, max_size,
-                       held["side"], held["size"], held["bars"], held["limit"], marked, blocked, max_position, max_exposure, leverage,
+            decide_bar(tradable[t], side[t], stop[t], target[t], confidence[t], regime[t], permitted[t], close[t], contract_value, per_unit, max_size,
+                       held_side, held_size, held_bars, held_limit, marked, blocked, risk, max_position, max_exposure, leverage,
                        action[t], reason[t], size[t], stops, targets)
             for s in range(symbols):
                 _order(held, s, t, action[t, s], reason[t, s], size[t, s], stops[s], targets[s], side[t, s], limit[t, s])
                 open_positions += action[t, s] == ENTER
     return count
 
-# %% ../../nbs/trading/44_backtest.ipynb #f770b92b
+# %% ../../nbs/trading/44_backtest.ipynb #5cbe3ae8
 _decide_entry_fast = fast.compiled(rules.decide_entry, bracket_prices=fast.bracket_prices, room_left=fast.compiled(room_left), size_position=fast.compiled(size_position))
-_decide_bar_fast = fast.compiled(decide_bar, inline=True, decide_exit=fast.compiled(rules.decide_exit), decide_entry=_decide_entry_fast)
+_decide_bar_fast = fast.compiled(decide_bar, decide_exit=fast.compiled(rules.decide_exit), decide_entry=_decide_entry_fast)
 _fill_exit_fast = fast.compiled(_fill_exit, fee=fast.fee)
 _fill_entry_fast = fast.compiled(_fill_entry, slip=fast.slip, fee=fast.fee, liquidation_price=fast.liquidation_price, bankruptcy_price=fast.bankruptcy_price)
 _play_bar_fast = fast.compiled(_play_bar, slip=fast.slip, bar_fill=fast.bar_fill, funding_cost=fast.funding_cost, _fill_entry=_fill_entry_fast, _fill_exit=_fill_exit_fast)
 _run_fast = fast.compiled(_run, _play_bar=_play_bar_fast, _mark=fast.compiled(_mark), _order=fast.compiled(_order), watch=fast.compiled(watch), decide_bar=_decide_bar_fast)
 
-# %% ../../nbs/trading/44_backtest.ipynb #a0b5403d
+# %% ../../nbs/trading/44_backtest.ipynb #1466d07a
 @dataclass(frozen=True, slots=True)
 class Backtest:
     "What happened: arrays are (bars,) or (bars, symbols)."
@@ -232,6 +244,10 @@ class Backtest:
 
 POLICIES = ("gate", "signals")
 
+def _terms(products: tuple[Product, ...], costs: Costs) -> tuple[np.ndarray, ...]:
+    rows = [(p.contract_value, ticks_per_unit(p), float(p.max_size), p.maintenance_margin, fee_rate(p, costs)) for p in products]
+    return tuple(np.array(column) for column in zip(*rows, strict=True))
+
 def run_backtest(
     tape: Tape,
     limits: RiskLimits | None = None,
@@ -244,22 +260,23 @@ def run_backtest(
     if policy not in POLICIES:
         raise InputError(f"policy: expected one of {', '.join(POLICIES)}, got {policy!r}")
     limits, costs = limits or RiskLimits(), costs or Costs()
-    shape, plan, products = tape.present.shape, tape.plan, tape.products
+    check_leverage(limits, tape.products)
+    shape, plan, gated = tape.present.shape, tape.plan, policy == "gate"
+    tradable = tape.present & ~tape.last
     equity, size = np.empty(shape[0]), np.zeros(shape, np.int64)
-    action, reason = np.full(shape, SKIP, np.int8), np.full(shape, NO_SIGNAL, np.int8)
-    reason[~tape.present] = NO_BAR
-    closed = np.zeros(int(np.count_nonzero(plan["side"])) + 1, CLOSED)
-    per_product = [np.array([f(p) for p in products], float) for f in (lambda p: p.contract_value, ticks_per_unit, lambda p: p.max_size, lambda p: p.maintenance_margin)]
-    count = (_run if interpreted else _run_fast)(
-        tape.time, tape.step, tape.present, tape.last, *(tape.market[k] for k in ("open", "high", "low", "close", "funding")),
-        plan["side"], plan["stop"], plan["target"], plan["max_bars"], plan["confidence"],
-        plan["regime"], plan["permitted"], tape.busy,
-        *per_product, np.array([fee_rate(p, costs) for p in products]), costs.slippage, float(starting_equity),
-        limits.risk_per_trade * np.array(limits.regime_risk), limits.max_position, limits.max_exposure, limits.leverage, limits.daily_loss, limits.max_drawdown, policy == "gate",
-        equity, action, reason, size, closed)
+    action, reason = np.full(shape, SKIP, np.int8), np.where(tradable, np.int8(NO_SIGNAL), np.int8(NO_BAR))
+    closed, held = np.zeros(int(np.count_nonzero(plan["side"])) + 1, CLOSED), np.zeros(shape[1], POSITION)
+    held["entry_bar"] = -1
+    play: Callable[..., int] = _run if interpreted else _run_fast
+    count = play(
+        tape.time, tape.step, tape.present, tradable, tape.last, *(tape.market[k] for k in ("open", "high", "low", "close", "funding")),
+        *(plan[k] for k in ("side", "stop", "target", "max_bars", "confidence", "regime")), plan["permitted"] if gated else np.full(shape, PERMIT, np.int8), tape.busy,
+        *_terms(tape.products, costs), costs.slippage, float(starting_equity), limits.risk_per_trade * np.array(limits.regime_risk),
+        *(float(getattr(limits, k)) for k in ("max_position", "max_exposure", "leverage", "daily_loss", "max_drawdown")), gated,
+        held, np.zeros(shape[1]), np.zeros(shape[1]), equity, action, reason, size, closed)
     return Backtest(tape, float(starting_equity), equity, closed[:count].copy(), action, reason, size)
 
-# %% ../../nbs/trading/44_backtest.ipynb #1085051d
+# %% ../../nbs/trading/44_backtest.ipynb #c1b714c1
 def ledger_of(
     result: Backtest,
 ) -> list[Trade]:  # settled
@@ -271,7 +288,7 @@ def ledger_of(
             tape.products[s].symbol, "buy" if row["side"] > 0 else "sell", int(row["size"]), int(tape.time[row["entry_bar"]]), float(row["entry"]),
             int(tape.time[row["exit_bar"]]), float(row["exit"]), EXIT_REASONS[row["code"] - 1], float(row["stop"]), float(row["target"]),
             float(row["fees"]), float(row["funding"]), float(row["pnl"]), 0.0, REGIMES[plan["regime"][t, s]], float(plan["confidence"][t, s]),
-            float(plan["probability"][t, s]), tape.words[plan["reason"][t, s]] if tape.words else "")
+            float(plan["probability"][t, s]), tape.words[s][plan["reason"][t, s]])
     return settle([trade(row) for row in result.closed], result.starting_equity)
 
 def decisions_of(
@@ -282,21 +299,22 @@ def decisions_of(
     tape, plan = result.tape, result.tape.plan
     decided = []
     for s, product in enumerate(tape.products):
-        enters = result.action[bar, s] == ENTER
-        side = int(plan["side"][bar, s])
-        stop, target = rules.bracket_prices(side, plan["stop"][bar, s], plan["target"][bar, s], ticks_per_unit(product)) if side else (0.0, 0.0)
-        decided.append(Decision(product.symbol, int(tape.time[bar]), ACTIONS[result.action[bar, s]], side if enters else 0, int(result.size[bar, s]),
-                                float(stop), float(target), REASONS[result.reason[bar, s]]))
+        doing, why, side = int(result.action[bar, s]), int(result.reason[bar, s]), int(plan["side"][bar, s])
+        asked = side != 0 and doing in (ENTER, SKIP) and why != NO_BAR
+        stop, target = bracket_prices(side, plan["stop"][bar, s], plan["target"][bar, s], ticks_per_unit(product)) if asked else (0.0, 0.0)
+        decided.append(Decision(product.symbol, int(tape.time[bar]), ACTIONS[doing], side if doing == ENTER else 0, int(result.size[bar, s]),
+                                float(stop), float(target), REASONS[why]))
     return decided
 
-# %% ../../nbs/trading/44_backtest.ipynb #cee30b41
+# %% ../../nbs/trading/44_backtest.ipynb #10011eaf
 def missing_funding(
     result: Backtest,
-) -> int:  # funding moments at which a position was held and no rate was known
-    "How often the funding file was silent while something was held."
+) -> int:  # moments, summed over positions
+    "How often something was held at a funding moment and nothing could be charged."
     tape, missing = result.tape, 0
-    due = tape.time % FUNDING_INTERVAL == 0
+    charged = (tape.time % FUNDING_INTERVAL == 0)[:, None] & tape.present & ~np.isnan(tape.market["funding"])
+    moments = tape.time // FUNDING_INTERVAL
     for row in result.closed:
-        bars = np.arange(row["entry_bar"] + 1, row["exit_bar"] + 1)
-        missing += int((due[bars] & tape.present[bars, row["symbol"]] & np.isnan(tape.market["funding"][bars, row["symbol"]])).sum())
+        first, last = row["entry_bar"], row["exit_bar"]
+        missing += int(moments[last] - moments[first] - np.count_nonzero(charged[first + 1 : last + 1, row["symbol"]]))
     return missing

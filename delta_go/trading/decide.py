@@ -7,13 +7,13 @@ __all__ = ['ACTIONS', 'SKIP', 'ENTER', 'EXIT', 'HOLD', 'REASONS', 'NO_SIGNAL', '
            'LATCHED', 'TOO_SMALL', 'NO_ROOM', 'HELD', 'OUT_OF_TIME', 'OPPOSITE', 'NO_BAR', 'ABSTAIN', 'REFUSE',
            'PERMIT', 'decide_exit', 'decide_entry', 'decide_bar', 'Position', 'Proposal', 'Account', 'decide']
 
-# %% ../../nbs/trading/41_decide.ipynb #a585a4ca
+# %% ../../nbs/trading/41_decide.ipynb #361dbdfb
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from ..domain import REGIMES, Action, Decision, Product, Signal
+from ..domain import Action, Decision, InputError, Product, Signal
 from ..market.venue import bracket_prices, ticks_per_unit
 from .risk import DAILY_LOSS, OPEN, RiskLimits, room_left, size_position
 
@@ -63,40 +63,39 @@ def decide_entry(
         return ENTER, TAKEN, size, stop, target
     return SKIP, NO_ROOM if room < close * contract_value else TOO_SMALL, 0, stop, target
 
-# %% ../../nbs/trading/41_decide.ipynb #0bcb9f8a
+# %% ../../nbs/trading/41_decide.ipynb #18caaf96
 def decide_bar(
-    present, side, stop, target, confidence, risk, permitted,      # (s,) signals at this close
+    present, side, stop, target, confidence, regime, permitted,    # (s,) signals at this close
     close, contract_value, per_unit, max_size,                     # (s,) the market
     held_side, held_size, held_bars, held_limit,                   # (s,) what is held
-    equity, blocked, max_position, max_exposure, leverage,         # the account and its limits
+    equity, blocked, risk, max_position, max_exposure, leverage,   # the account and its limits; risk is one fraction per regime
     action, reason, size, stop_out, target_out,                    # (s,) the answer, written here
 ):
     "Decide every symbol at one bar's close: exits first, then entries by confidence, ties by symbol."
-    exposure = 0.0
+    exposure, waiting = 0.0, 0
     for s in range(len(side)):
-        action[s], reason[s], size[s] = SKIP, NO_SIGNAL if present[s] else NO_BAR, 0
+        doing, why = SKIP, NO_SIGNAL if present[s] else NO_BAR
         if held_side[s] != 0:
-            action[s], reason[s] = HOLD, HELD
+            doing, why = HOLD, HELD
             if present[s]:
-                action[s], reason[s] = decide_exit(held_side[s], held_bars[s], held_limit[s], side[s])
-            if action[s] == HOLD:
+                doing, why = decide_exit(held_side[s], held_bars[s], held_limit[s], side[s])
+            if doing == HOLD:
                 exposure += held_size[s] * contract_value[s] * close[s]
-    waiting = 0
-    for s in range(len(side)):
-        if present[s] and side[s] != 0 and held_side[s] == 0:
+        elif present[s] and side[s] != 0:
             waiting += 1
-            reason[s] = -1
+            why = -1
+        action[s], reason[s], size[s] = doing, why, 0
     for _ in range(waiting):
         best = -1
         for s in range(len(side)):
             if reason[s] == -1 and (best < 0 or confidence[s] > confidence[best]):
                 best = s
         action[best], reason[best], size[best], stop_out[best], target_out[best] = decide_entry(
-            side[best], stop[best], target[best], permitted[best], risk[best], close[best], contract_value[best], per_unit[best],
+            side[best], stop[best], target[best], permitted[best], risk[regime[best]], close[best], contract_value[best], per_unit[best],
             max_size[best], equity, exposure, blocked, max_position, max_exposure, leverage)
         exposure += size[best] * contract_value[best] * close[best]
 
-# %% ../../nbs/trading/41_decide.ipynb #33a5425f
+# %% ../../nbs/trading/41_decide.ipynb #4a7bb025
 @dataclass(frozen=True, slots=True)
 class Position:
     "What is held of one symbol."
@@ -110,10 +109,11 @@ class Proposal:
     "What is known of one symbol at a bar's close."
     product: Product
     time: int                    # open of the bar that just closed, seconds UTC
-    close: float                 # USD
+    close: float                 # USD; the last one known where the bar is missing
     regime: int                  # index into REGIMES
     signal: Signal | None = None
     permitted: int = PERMIT      # the predictor's word
+    present: bool = True         # False where the symbol has no bar to act on
 
 @dataclass(frozen=True, slots=True)
 class Account:
@@ -122,25 +122,27 @@ class Account:
     blocked: int = OPEN                                        # what blocks entries, from risk.watch
     positions: dict[str, Position] = field(default_factory=dict)  # by symbol
 
-# %% ../../nbs/trading/41_decide.ipynb #982a9190
+# %% ../../nbs/trading/41_decide.ipynb #7638e2d7
 def decide(
-    proposals: Sequence[Proposal],  # at most one per symbol; a symbol without a bar is left out
+    proposals: Sequence[Proposal],  # one per symbol; every symbol that is held must be among them
     account: Account,
     limits: RiskLimits,
 ) -> list[Decision]:                # one per proposal, by symbol
     "Decide all symbols together at one bar's close."
     rows = sorted(proposals, key=lambda p: p.product.symbol)
+    if unseen := account.positions.keys() - {p.product.symbol for p in rows}:
+        raise InputError(f"decide: {', '.join(sorted(unseen))} held but not proposed; propose it with its last close and present=False")
     none, flat = Signal(0, 0.0, 0.0, 0.0, 0.0, ""), Position(0, 0, 0, 0)
     signals = [p.signal or none for p in rows]
     held = [account.positions.get(p.product.symbol, flat) for p in rows]
     action, reason, size = (np.zeros(len(rows), np.int64) for _ in range(3))
     stop, target = np.zeros(len(rows)), np.zeros(len(rows))
     decide_bar(
-        [True] * len(rows), [s.side for s in signals], [s.stop for s in signals], [s.target for s in signals],
-        [s.confidence for s in signals], [limits.risk_per_trade * limits.regime_risk[p.regime] for p in rows], [p.permitted for p in rows],
+        [p.present for p in rows], [s.side for s in signals], [s.stop for s in signals], [s.target for s in signals],
+        [s.confidence for s in signals], [p.regime for p in rows], [p.permitted for p in rows],
         [p.close for p in rows], [p.product.contract_value for p in rows], [ticks_per_unit(p.product) for p in rows], [p.product.max_size for p in rows],
         [h.side for h in held], [h.size for h in held], [h.bars for h in held], [h.max_bars for h in held],
-        account.equity, account.blocked, limits.max_position, limits.max_exposure, limits.leverage,
+        account.equity, account.blocked, limits.risk_per_trade * np.array(limits.regime_risk), limits.max_position, limits.max_exposure, limits.leverage,
         action, reason, size, stop, target)
     return [
         Decision(p.product.symbol, p.time, ACTIONS[action[i]], s.side if action[i] == ENTER else 0, int(size[i]),

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..domain import LEDGER_COLUMNS, InputError, Trade
 
-# %% ../../nbs/trading/43_ledger.ipynb #e8392115
+# %% ../../nbs/trading/43_ledger.ipynb #4552cc50
 MONEY = ("entry_price", "exit_price", "stop_price", "target_price", "fees", "funding", "pnl")
 
 def settle(
@@ -23,7 +23,7 @@ def settle(
     "The ledger: rows in order, money to six decimals, equity added up."
     rows, equity = [], round(starting_equity, 6)
     for trade in sorted(trades, key=lambda t: (t.exit_time, t.entry_time, t.symbol)):
-        rounded = {name: round(getattr(trade, name), 6) for name in MONEY}
+        rounded = {name: round(getattr(trade, name), 6) + 0.0 for name in MONEY}  # + 0.0: no minus before a zero
         equity = round(equity + rounded["pnl"], 6)
         rows.append(replace(trade, **rounded, equity_after=equity,
                             regime_confidence=round(trade.regime_confidence, 6), probability=round(trade.probability, 6)))
@@ -61,7 +61,16 @@ def _arrow_schema():
     kinds = {int: arrow.int64(), float: arrow.float64(), str: arrow.string()}
     return arrow.schema([(name, kinds[_column_type(name)]) for name in LEDGER_COLUMNS])
 
-# %% ../../nbs/trading/43_ledger.ipynb #662c1c51
+# %% ../../nbs/trading/43_ledger.ipynb #eff9129f
+def _read_value(name: str, value, place: str):
+    kind = _column_type(name)
+    try:
+        if value is None and kind is str:
+            raise TypeError
+        return kind("nan" if kind is float and value in ("", None) else value)
+    except (TypeError, ValueError):
+        raise InputError(f"{place}: {name}: expected {kind.__name__}, got {value!r}") from None
+
 def read_ledger(
     path: Path,  # .csv or .parquet
 ) -> list[Trade]:
@@ -70,12 +79,12 @@ def read_ledger(
         raise InputError(f"ledger: no file {path}")
     if path.suffix == ".csv":
         with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-            names = set(rows[0]) if rows else set(LEDGER_COLUMNS)
+            table = csv.DictReader(file)
+            rows, names = list(table), set(table.fieldnames or ())
     else:
         from pyarrow import parquet
         table = parquet.read_table(path)
         rows, names = table.to_pylist(), set(table.column_names)
     if missing := [name for name in LEDGER_COLUMNS if name not in names]:
         raise InputError(f"ledger {path.name}: columns missing: {', '.join(missing)}")
-    return [Trade(**{name: _column_type(name)("nan" if row[name] == "" else row[name]) for name in LEDGER_COLUMNS}) for row in rows]
+    return [Trade(**{name: _read_value(name, row[name], f"ledger {path.name}, row {at}") for name in LEDGER_COLUMNS}) for at, row in enumerate(rows, 1)]
