@@ -358,14 +358,17 @@ def _direction(value: np.ndarray, part: np.ndarray) -> int:  # 0 for, 1 against,
     slope = np.corrcoef(value[known], part[known])[0, 1]
     return 0 if slope > 0.3 else 1 if slope < -0.3 else 2
 
-# %% ../../nbs/evidence/56_plots.ipynb #6849903b
+# %% ../../nbs/evidence/56_plots.ipynb #8d6538bf
 def cost_breakdown(
     parts: Mapping[str, float],   # USD: gross, fees, slippage, funding, net, as from `metrics.cost_breakdown`
     name: str = "",               # whose account, for the title
     axes: Axes | None = None,
 ) -> Axes:
     "From gross profit through fees, slippage and funding to net profit."
-    axes, steps = axes or canvas(4.2, 2.8), ("fees", "slippage", "funding")
+    axes, steps, whose = axes or canvas(4.2, 2.8), ("fees", "slippage", "funding"), f"{name}: " if name else ""
+    if not any(parts.values()):
+        axes.set_yticks([])
+        return _dress(axes, f"{whose}nothing traded, nothing paid")
     change = np.array([parts["gross"], *(-parts[step] for step in steps), parts["net"]], float)
     start = np.r_[0.0, np.cumsum(change[:3]), 0.0]
     tone = [MUTED, *(GAIN if value > 0 else LOSS for value in change[1:])]
@@ -381,9 +384,9 @@ def cost_breakdown(
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.set_xticks(range(5), ("gross", *steps, "net"))
     spent = sum(parts[step] for step in steps)
-    return _dress(axes, f"{name + ': ' if name else ''}{parts['gross']:+,.0f} USD gross, {spent:,.0f} costs, {parts['net']:+,.0f} net", y="USD")
+    return _dress(axes, f"{whose}{parts['gross']:+,.0f} USD gross, {spent:,.0f} costs, {parts['net']:+,.0f} net", y="USD")
 
-# %% ../../nbs/evidence/56_plots.ipynb #f8551f57
+# %% ../../nbs/evidence/56_plots.ipynb #2dae7f5f
 def return_by(
     summaries: Mapping[str, Mapping[str, Any]],   # by policy: what `summarise_backtest` returns
     part: str = "by_regime",                      # or by_symbol
@@ -400,6 +403,7 @@ def return_by(
             axes.annotate(f"{summary[part][name]['trades']:,}", (x, value), (0, 2 if value >= 0 else -9), textcoords="offset points", ha="center", fontsize=7, color=MUTED)
         ends[policy] = dict(zip(names, values))
     axes.axhline(0, color=INK, linewidth=0.9)
+    axes.use_sticky_edges = False
     axes.margins(y=0.16)
     axes.set_xticks(range(len(names)), [_words(name) for name in names])
     first = next(iter(ends))
