@@ -25,6 +25,7 @@ from delta_go.learning.features import (
     rolling_run,
     rolling_std,
     rolling_sum,
+    root_mean_square,
     trend_statistic,
 )
 from delta_go.market.candles import Candles
@@ -210,5 +211,6 @@ def test_gaps_are_marked_and_short_input_is_refused():
 
 
 def test_trend_is_standard_without_a_drift():
-    many = trend_statistic(np.random.default_rng(0).normal(0, 0.01, 200_000))
+    returns = np.random.default_rng(0).normal(0, 0.01, 200_000)
+    many = trend_statistic(returns[15:], root_mean_square(returns, 16))
     assert many.std() == pytest.approx(1, abs=0.03) and many.mean() == pytest.approx(0, abs=0.05)

@@ -171,7 +171,7 @@ def band_position(
     mean, std = rolling_moments(close, n)
     return (close[n - 1:] - mean) / _nonzero(4 * std) + 0.5
 
-# %% ../../nbs/learning/20_features.ipynb #36e79003
+# %% ../../nbs/learning/20_features.ipynb #686a633b
 CLIP = 0.5         # of its own volatility: the most that a single return counts for in `trend`
 CLIPPED_STD = 0.43 # standard deviation of a standard normal number clipped there
 
@@ -184,14 +184,14 @@ def root_mean_square(
 
 def trend_statistic(
     returns: np.ndarray,  # (N,) log returns
+    scale: np.ndarray,    # (N,) each one's local volatility, in the same unit
     n: int = 48,          # returns in the sum
-    local: int = 16,      # returns in each one's own volatility
-) -> np.ndarray:          # (N - n - local + 2,), about -8 to 8 for 48 returns
+) -> np.ndarray:          # (N - n + 1,), about -8 to 8 for 48 returns
     "Sum of standardised, clipped returns, over what its standard deviation would be without a drift."
-    scale = np.maximum(root_mean_square(returns, local), 1e-12)
-    return rolling_sum(np.minimum(np.maximum(returns[local - 1:] / scale, -CLIP), CLIP), n) * (1 / (CLIPPED_STD * np.sqrt(n)))
+    votes = np.minimum(np.maximum(returns / np.maximum(scale, 1e-12), -CLIP), CLIP)
+    return rolling_sum(votes, n) * (1 / (CLIPPED_STD * np.sqrt(n)))
 
-# %% ../../nbs/learning/20_features.ipynb #890ca308
+# %% ../../nbs/learning/20_features.ipynb #c944fb07
 def _price_columns(candles: Candles, rows: int, atr: np.ndarray) -> dict[str, np.ndarray]:
     close, atr = candles.close[-rows - 127:], _nonzero(atr)
     now = close[-rows:]
@@ -205,13 +205,12 @@ def _price_columns(candles: Candles, rows: int, atr: np.ndarray) -> dict[str, np
 def _return_columns(candles: Candles, rows: int) -> dict[str, np.ndarray]:
     price = np.log(np.ascontiguousarray(candles.close[-(rows + 63):]))
     returns = price[1:] - price[:-1]
-    volatility = root_mean_square(returns[-rows - 47:], 48)
+    short, volatility = root_mean_square(returns, 16), root_mean_square(returns[-rows - 47:], 48)
     long = _nonzero(volatility)
-    return {"returns": returns[-rows:], "volatility": volatility,
-            "volatility_ratio": root_mean_square(returns[-rows - 15:], 16) / long,
+    return {"returns": returns[-rows:], "volatility": volatility, "volatility_ratio": short[-rows:] / long,
             "momentum_12": (price[-rows:] - price[-rows - 12:-12]) / (long * np.sqrt(12)),
             "momentum_48": (price[-rows:] - price[-rows - 48:-48]) / (long * np.sqrt(48)),
-            "trend": trend_statistic(returns)}
+            "trend": trend_statistic(returns[15:], short)}
 
 # %% ../../nbs/learning/20_features.ipynb #a5688881
 BLOCK = 24_576  # rows computed at a time
@@ -247,7 +246,7 @@ def _rows(candles: Candles) -> int:
         raise InputError(f"{candles.symbol}: expected at least {WINDOW} candles, got {len(candles)}; load more history")
     return rows
 
-# %% ../../nbs/learning/20_features.ipynb #cf4aba80
+# %% ../../nbs/learning/20_features.ipynb #bdff7dc3
 REGIME_INPUTS: tuple[str, ...] = ("log_range_48", "trend_48")
 
 def regime_inputs(
@@ -259,5 +258,6 @@ def regime_inputs(
     price = np.log(np.ascontiguousarray(candles.close[-rows - 63:]))
     values = np.empty((len(REGIME_INPUTS), rows))
     values[0] = 0.5 * np.log(np.maximum(rolling_mean(width * width, 48), 1e-12))
-    values[1] = trend_statistic(price[1:] - price[:-1])
+    returns = price[1:] - price[:-1]
+    values[1] = trend_statistic(returns[15:], root_mean_square(returns, 16))
     return values.T
