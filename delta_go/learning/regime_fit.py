@@ -111,7 +111,7 @@ def likelihood_per_bar(
         return -np.inf
     return float(_machine(chain).score(z, lengths) / len(z))
 
-# %% ../../nbs/learning/22_regime_fit.ipynb #4669d09b
+# %% ../../nbs/learning/22_regime_fit.ipynb #942db19a
 HELD_OUT = 0.25  # of the training rows, the latest
 SCREENING = 6    # rounds that every restart gets
 LONGEST = 200    # rounds for the finalists
@@ -139,6 +139,7 @@ def search(
     grips = sorted({grip for _, grip in starts})
 
     def climbed(starts: Sequence[tuple[Chain, float]], rounds: int) -> list[tuple[float, float, Chain]]:
+        "Held-out score, grip and chain of each start."
         chains = parallel(delayed(climb)(chain, z[:row], early, grip, rounds, anchors) for chain, grip in starts)
         return [(likelihood_per_bar(chain, z[row:], late), grip, chain) for chain, (_, grip) in zip(chains, starts)]
     with threadpool_limits(1), Parallel(n_jobs=jobs, prefer="threads") as parallel:
@@ -303,7 +304,7 @@ def doubts(
         found.append(f"a refit kept the name of {quality.name_stability:.1%} of bars, less than {LEAST_STABILITY:.0%}")
     return tuple(found)
 
-# %% ../../nbs/learning/22_regime_fit.ipynb #976f2220
+# %% ../../nbs/learning/22_regime_fit.ipynb #f7dd27fe
 @dataclass(frozen=True, slots=True)
 class Plan:
     "How a search is set up."
@@ -323,6 +324,7 @@ def plans(
     shakes = np.random.SeedSequence(seed).generate_state(restarts)
 
     def starts(grips: tuple[float, ...]) -> tuple[tuple[Chain, float], ...]:
+        "At the anchors once for each grip, then near them."
         return tuple((starting_chain(0 if i < len(grips) else int(shakes[i])), grips[i % len(grips)]) for i in range(restarts))
     found = [Plan(*standard_of(inputs), starts(grips)) for grips in (GRIPS, GRIPS[-1:])]
     if champion is not None and champion.kind == "hmm":
