@@ -4,16 +4,21 @@
 
 # %% auto #0
 __all__ = ['PRODUCTS', 'FUNDING_INTERVAL', 'NO_FILL', 'STOP_LOSS', 'TAKE_PROFIT', 'TIME', 'SIGNAL', 'LIQUIDATION', 'END',
-           'find_product', 'Costs', 'fee_rate', 'ticks_per_unit', 'round_to_tick', 'slip', 'fee', 'funding_cost',
-           'funding_on_bars', 'bracket_fill', 'bankruptcy_price', 'liquidation_price', 'bar_fill', 'bracket_prices']
+           'find_product', 'Costs', 'fee_rate', 'costs_from', 'ticks_per_unit', 'round_to_tick', 'slip', 'fee',
+           'funding_cost', 'funding_on_bars', 'bracket_fill', 'bankruptcy_price', 'liquidation_price', 'bar_fill',
+           'bracket_prices']
 
-# %% ../../nbs/market/16_venue.ipynb #9d2322c1
+# %% ../../nbs/market/16_venue.ipynb #4161c5f6
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..domain import InputError, Product
+
+if TYPE_CHECKING:
+    from delta_go.config import Settings
 
 # %% ../../nbs/market/16_venue.ipynb #da26601f
 PRODUCTS: dict[str, Product] = {
@@ -30,12 +35,13 @@ def find_product(
         raise InputError(f"symbol: expected one of {', '.join(PRODUCTS)}, got {symbol!r}; use the exchange's name")
     return PRODUCTS[symbol]
 
-# %% ../../nbs/market/16_venue.ipynb #ae3148c6
+# %% ../../nbs/market/16_venue.ipynb #ba3391c0
 @dataclass(frozen=True, slots=True)
 class Costs:
     "What trading costs beyond the price."
     gst: float = 0.18           # tax on the fee, a fraction of it
     slippage_bps: float = 5.0   # against us on market fills, basis points, 0 to 10
+    taker_fee: float | None = None  # fraction of notional before tax; None for the product's own
 
     def __post_init__(self):
         if not 0 <= self.slippage_bps <= 10:
@@ -53,7 +59,14 @@ def fee_rate(
     costs: Costs,
 ) -> float:  # fraction of notional per fill
     "The taker fee with its tax."
-    return product.taker_fee * (1 + costs.gst)
+    return (product.taker_fee if costs.taker_fee is None else costs.taker_fee) * (1 + costs.gst)
+
+# %% ../../nbs/market/16_venue.ipynb #b86f0521
+def costs_from(
+    settings: "Settings",  # from config.load_settings
+) -> Costs:
+    "Costs as a person set them."
+    return Costs(settings.gst, settings.slippage_bps, settings.taker_fee)
 
 # %% ../../nbs/market/16_venue.ipynb #3659b73d
 def ticks_per_unit(
