@@ -61,7 +61,7 @@ def _legend(axes: Axes, handles: list[Any], columns: int = 5, **place: Any) -> N
     where = place or {"loc": "upper left", "bbox_to_anchor": (-0.01, -0.12)}
     axes.legend(handles=handles, ncols=columns, fontsize=8, frameon=False, labelcolor=INK, handlelength=1.2, columnspacing=1.4, borderaxespad=0, **where)
 
-# %% ../../nbs/evidence/56_plots.ipynb #ba6c78f2
+# %% ../../nbs/evidence/56_plots.ipynb #a1bc9514
 def _clock(time: np.ndarray) -> np.ndarray:
     return np.asarray(time, "int64").astype("datetime64[s]")
 
@@ -70,7 +70,8 @@ def _date_axis(axes: Axes, time: np.ndarray) -> None:
     axes.xaxis.set_major_locator(locator)
     axes.xaxis.set_major_formatter(ConciseDateFormatter(locator))
     axes.xaxis.get_offset_text().set(color=MUTED, fontsize=8)
-    axes.set_xlim(_clock(time)[0], _clock(time)[-1])
+    if len(time) > 1:
+        axes.set_xlim(_clock(time)[0], _clock(time)[-1])
 
 def _price_axis(axes: Axes, prices: np.ndarray) -> None:
     if prices.max() > 2.5 * prices.min():
