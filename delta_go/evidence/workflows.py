@@ -166,7 +166,7 @@ def explain_failure(
         return InputError(f"{last} (in {name}, {number})")
     return DeltaGoError(f"{name}: {number} stopped at `{first[:80]}`: {error.ename}: {last}; the half-run notebook is kept in reports/{name}/")
 
-# %% ../../nbs/evidence/58_workflows.ipynb #624227de
+# %% ../../nbs/evidence/58_workflows.ipynb #25980f03
 def _execute(notebook: Path, target: Path, parameters: dict[str, Any], tell: Callable[[int, int], None]) -> DeltaGoError | None:
     import nbformat
     import papermill
@@ -176,7 +176,7 @@ def _execute(notebook: Path, target: Path, parameters: dict[str, Any], tell: Cal
         with _kernel_environment():
             papermill.execute_notebook(
                 notebook, target, parameters, engine_name=_register_engine(), kernel_name="python3", progress_bar=False, cwd=project_folder(),
-                tell=tell, extra_arguments=["--log-level=ERROR"])
+                tell=tell, extra_arguments=["--log-level=CRITICAL"])
     except papermill.PapermillExecutionError as error:
         return explain_failure(notebook.stem, error, [cell.source for cell in nbformat.read(notebook, 4).cells])
     except DeadKernelError:
