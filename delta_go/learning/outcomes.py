@@ -69,7 +69,7 @@ def _walk_all(
 
 _walk_all_fast = compiled(_walk_all, _walk=_walk_fast)
 
-# %% ../../nbs/learning/25_outcomes.ipynb #dc929361
+# %% ../../nbs/learning/25_outcomes.ipynb #91f4428d
 def label_outcomes(
     candles: Candles,
     side: np.ndarray,      # (m,) +1, -1, 0 for none; aligned with the candles' last m bars
@@ -87,7 +87,7 @@ def label_outcomes(
     decided = rows + len(candles) - len(side)
     exits, codes, earned = np.full(len(rows), -1), np.zeros(len(rows), np.int8), np.zeros(len(rows))
     _walk_all_fast(
-        decided, side[rows].astype(np.int64), stop[rows], target[rows], max_bars[rows].astype(np.int64),
+        decided, side[rows].astype(np.int64), stop[rows].astype(float), target[rows].astype(float), max_bars[rows].astype(np.int64),
         candles.time, candles.step, candles.open, candles.high, candles.low, funding,
         costs.slippage, fee_rate(product, costs), ticks_per_unit(product), exits, codes, earned)
     known = exits >= 0
