@@ -6,13 +6,16 @@
 __all__ = ['OPEN', 'DAILY_LOSS', 'DRAWDOWN', 'DAY', 'RiskLimits', 'check_leverage', 'limits_from', 'room_left', 'size_position',
            'watch']
 
-# %% ../../nbs/trading/40_risk.ipynb #0cd180ed
+# %% ../../nbs/trading/40_risk.ipynb #c7126086
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..domain import REGIMES, InputError, Product
+
+if TYPE_CHECKING:
+    from delta_go.config import Settings
 
 # %% ../../nbs/trading/40_risk.ipynb #5d505075
 @dataclass(frozen=True, slots=True)
