@@ -1,5 +1,6 @@
 """Sizes, rooms and breakers: by hand, and against the sentences that describe them."""
 from fractions import Fraction
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -7,7 +8,7 @@ from hypothesis import strategies as st
 
 from delta_go.domain import InputError
 from delta_go.market.venue import PRODUCTS
-from delta_go.trading.risk import DAILY_LOSS, DAY, DRAWDOWN, OPEN, RiskLimits, check_leverage, room_left, size_position, watch
+from delta_go.trading.risk import DAILY_LOSS, DAY, DRAWDOWN, OPEN, RiskLimits, check_leverage, limits_from, room_left, size_position, watch
 
 HOUR = 3600
 
@@ -108,3 +109,8 @@ def test_leverage_that_the_exchange_does_not_grant_is_refused():
         check_leverage(RiskLimits(leverage=101), PRODUCTS.values())
     with pytest.raises(InputError, match="at most 200 for BTCUSD"):
         check_leverage(RiskLimits(leverage=201), [PRODUCTS["BTCUSD"]])
+
+
+def test_percent_of_a_persons_settings_become_fractions():
+    settings = SimpleNamespace(risk_per_trade_pct=2.0, max_position_pct=50.0, max_exposure_pct=150.0, leverage=5.0, daily_loss_limit_pct=4.0, max_drawdown_pct=20.0)
+    assert limits_from(settings) == RiskLimits(0.02, 0.5, 1.5, 5.0, 0.04, 0.2)

@@ -48,7 +48,7 @@ def test_fee_with_gst_to_the_cent():
     assert rate == pytest.approx(0.00059, abs=1e-15)
     assert venue.fee(60_000.0, 100, 0.001, rate) == pytest.approx(3.54)      # 6,000 USD: 3 and 0.54 of tax
     assert venue.fee(3_000.05, 7, 0.01, rate) == pytest.approx(0.123902065)  # 210.0035 USD
-    assert venue.fee_rate(BTC, Costs(gst=0.0)) == 0.0005
+    assert venue.fee_rate(BTC, Costs(gst=0.0)) == 0.0005 and venue.fee_rate(SOL, Costs(gst=0.0, taker_fee=0.0002)) == 0.0002
 
 
 @pytest.mark.parametrize("side, rate, cost", [(+1, 1e-4, 0.6), (-1, 1e-4, -0.6), (+1, -1e-4, -0.6), (-1, -1e-4, 0.6)])
