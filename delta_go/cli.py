@@ -35,13 +35,13 @@ def main(
         print(f"failed: {error}", file=sys.stderr)
         sys.exit(1)
 
-# %% ../nbs/90_cli.ipynb #7f2126ab
-Symbols = Annotated[str, typer.Option(help="Comma list such as BTCUSD,ETHUSD; all there are by default.")]
+# %% ../nbs/90_cli.ipynb #1779531a
+Symbols = Annotated[str, typer.Option(envvar="DELTA_SYMBOLS", help="Comma list such as BTCUSD,ETHUSD; all there are by default.")]
 Resolution = Annotated[str, typer.Option(help="Candle length: 15m, 30m, 1h, ...")]
 Start = Annotated[str, typer.Option(help="First date, UTC, such as 2024-06-01.")]
 End = Annotated[str, typer.Option(help="Date to stop before, UTC.")]
-Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
-Jobs = Annotated[int, typer.Option(help="Processes; -1 for one per core.")]
+Seed = Annotated[int, typer.Option(envvar="DELTA_SEED", help="Seed of everything random.")]
+Jobs = Annotated[int, typer.Option(envvar="DELTA_JOBS", help="Processes; -1 for one per core.")]
 AllowGaps = Annotated[bool, typer.Option("--allow-gaps", help="Work around missing bars instead of refusing them.")]
 
 def split_words(
@@ -50,7 +50,7 @@ def split_words(
     "The words of a comma list."
     return [word.strip() for word in text.split(",") if word.strip()]
 
-# %% ../nbs/90_cli.ipynb #097da8c4
+# %% ../nbs/90_cli.ipynb #9ab54a7d
 @app.command()
 def run(
     data: Annotated[str, typer.Option(help="Folder of candle files.")] = "",
@@ -62,13 +62,15 @@ def run(
     allow_gaps: AllowGaps = False,
 ) -> None:
     "The main job: candles to regimes, predictor, walk-forward evidence, models and reports."
+    from delta_go.evidence.verdict import LOOKED_BEFORE
     from delta_go.evidence.workflows import run_all
     if source not in ("simulated", "delta"):
         raise InputError(f"--source: expected simulated or delta, got {source!r}")
     if source == "delta" and not data:
         data = str(out / "data")
         fetch(Path(data), symbols=symbols, resolution=resolution, start=start, end=end)
-    parameters = dict(data=data, resolution=resolution, symbols=symbols, start=start, end=end, seed=seed, jobs=jobs, backend=backend, edge=edge, allow_gaps=allow_gaps)
+    parameters = dict(data=data, resolution=resolution, symbols=symbols, start=start, end=end, seed=seed, jobs=jobs, backend=backend, edge=edge, allow_gaps=allow_gaps,
+                      looked_before=LOOKED_BEFORE if data else 0)
     summary = run_all(out, parameters)
     typer.echo(f"\nverdict: {summary['verdict']}\nreport:  {out / 'reports' / 'index.html'}")
 
@@ -151,11 +153,11 @@ def fetch(
             progress.console.print(f"{result.symbol}: {result.added:,} bars added, {result.missing:,} missing at the exchange")
         download_funding(url or BASE_URL, folder, chosen, *span, clock=time.time, progress=show)
 
-# %% ../nbs/90_cli.ipynb #7847b61f
+# %% ../nbs/90_cli.ipynb #396846e5
 @app.command()
 def backtest(
     data: Annotated[Path, typer.Option(help="Folder of candle files.")],
-    models: Annotated[Path, typer.Option(help="Folder of model files with their manifest.")] = Path("models"),
+    models: Annotated[Path, typer.Option(envvar="DELTA_MODELS_DIR", help="Folder of model files with their manifest.")] = Path("models"),
     json_file: Annotated[Path | None, typer.Option("--json", help="Where the figures go.")] = None,
     ledger: Annotated[Path | None, typer.Option(help="Where the trades go: .csv or .parquet.")] = None,
     start: Start = "", end: End = "", symbols: Symbols = "",

@@ -51,7 +51,7 @@ def check_jobs(jobs: int) -> int:
 
 Jobs = Annotated[int, AfterValidator(check_jobs)]
 
-# %% ../nbs/02_config.ipynb #5ecca407
+# %% ../nbs/02_config.ipynb #1a845765
 class Settings(BaseSettings):
     "What a person may set: plain numbers, percent where the name says `pct`."
     model_config = SettingsConfigDict(frozen=True, populate_by_name=True, env_ignore_empty=True, extra="ignore")
@@ -70,7 +70,6 @@ class Settings(BaseSettings):
     seed: int = setting(0, "DELTA_SEED", "a whole number, 0 to 4294967295", ge=0, lt=2**32)
     jobs: Jobs = setting(-1, "DELTA_JOBS", "how many processes, 1 to 1024, or -1 for one per core", ge=-1, le=1024)
     models: Path = setting(Path("models"), "DELTA_MODELS_DIR", "a folder")
-    reports: Path = setting(Path("reports"), "DELTA_REPORTS_DIR", "a folder")
 
 # %% ../nbs/02_config.ipynb #3a2a941b
 VARIABLES: dict[str, str] = {name: str(field.validation_alias) for name, field in Settings.model_fields.items()}

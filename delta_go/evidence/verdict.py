@@ -6,7 +6,7 @@
 __all__ = ['LOOKED_BEFORE', 'COMPARED', 'record_of', 'regime_bars', 'Weighed', 'weigh', 'with_abstention', 'record_start',
            'record_end', 'compare', 'replay']
 
-# %% ../../nbs/evidence/59_verdict.ipynb #f2dbdbd8
+# %% ../../nbs/evidence/59_verdict.ipynb #adcb838c
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from ..config import load_settings
 from ..domain import REGIMES, InputError
 from .gate import Evidence, Thresholds, Verdict, gather_evidence, judge
 from .metrics import TrackRecord, ledger_columns, record_returns, return_moments, summarise_backtest
@@ -23,9 +24,10 @@ from ..learning.reading import read_market
 from ..learning.registry import load_models
 from ..market.candles import Candles
 from ..market.load import load_market, parse_time
-from ..market.venue import PRODUCTS, find_product
+from ..market.venue import PRODUCTS, costs_from, find_product
 from ..trading.backtest import Backtest, build_tape, ledger_of, missing_funding, run_backtest
 from ..trading.plan import make_plan
+from ..trading.risk import limits_from
 
 # %% ../../nbs/evidence/59_verdict.ipynb #d74ee3eb
 def record_of(
@@ -110,7 +112,7 @@ def compare(
         rows.append({"strategy": name, **{key: figures[key] for key in ("net_return", "sharpe", "sharpe_ci95", "max_drawdown", "trades", "win_rate", "fees", "funding", "exposure")}})
     return rows
 
-# %% ../../nbs/evidence/59_verdict.ipynb #18b51a83
+# %% ../../nbs/evidence/59_verdict.ipynb #d547d0d8
 def replay(
     data: Path,                    # folder of candle files
     models: Path,                  # folder of model files with their manifest
@@ -128,6 +130,7 @@ def replay(
     plans = {s: make_plan(reading, loaded.predictor) for s, reading in readings.items()}
     funding = {s: market.payments(s) for s in chosen}
     tape = build_tape(market.candles, plans, {s: find_product(s) for s in chosen}, funding, parse_time(start), parse_time(end))
-    result = run_backtest(tape, policy=policy)
+    account = load_settings()
+    result = run_backtest(tape, limits_from(account), costs_from(account), policy, account.starting_equity)
     figures = summarise_backtest(record_of(result, market.candles), None, loaded.manifest.verdict, regime_bars(result))
     return result, figures | {"missing_funding": missing_funding(result), "policy": policy, "model_version": loaded.manifest.version}

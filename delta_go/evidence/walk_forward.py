@@ -28,7 +28,7 @@ from ..trading.decide import PERMIT
 from ..trading.plan import Plan, make_plan, permit
 from ..trading.risk import RiskLimits
 
-# %% ../../nbs/evidence/55_walk_forward.ipynb #60424a0c
+# %% ../../nbs/evidence/55_walk_forward.ipynb #339980fc
 DAY = 86_400
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +38,7 @@ class WalkSettings:
     test_days: int = 91           # length of a test period
     train: TrainSettings = field(default_factory=lambda: TrainSettings(restarts=3))
     limits: RiskLimits = field(default_factory=RiskLimits)
+    starting_equity: float = 10_000.0  # USD
 
 def fold_edges(
     candles: Mapping[str, Candles],
@@ -223,7 +224,7 @@ def variant_plans(
         plans[f"share_{share:.0%}".rstrip("%")] = {symbol: share_plan(reading, fold.models, share) for symbol, reading in fold.readings.items()}
     return plans
 
-# %% ../../nbs/evidence/55_walk_forward.ipynb #ce56f3a6
+# %% ../../nbs/evidence/55_walk_forward.ipynb #790e07b2
 def walk_forward(
     candles: Mapping[str, Candles],
     payments: Payments,
@@ -241,7 +242,7 @@ def walk_forward(
     glued = {variant: glue_plans(candles, [{symbol: (fold.readings[symbol].features.time, plan) for symbol, plan in part[variant].items()}
                                            for fold, part in zip(folds, proposals)]) for variant in proposals[0]}
     tapes = {variant: build_tape({s: candles[s] for s in plans}, plans, PRODUCTS, payments, int(edges[0]), int(edges[-1])) for variant, plans in glued.items()}
-    runs = {variant: run_backtest(tape, settings.limits, settings.train.costs, "signals" if variant in UNGATED else "gate") for variant, tape in tapes.items()}
+    runs = {variant: run_backtest(tape, settings.limits, settings.train.costs, "signals" if variant in UNGATED else "gate", settings.starting_equity) for variant, tape in tapes.items()}
     return WalkForward(folds, runs, score_plans(candles, payments, glued["signals"], settings.train.costs), settings)
 
 UNGATED = ("signals", "regimes")  # variants that cover their whole range, with the breakers off
