@@ -21,7 +21,7 @@ from ..market.candles import Candles, contiguous
 WINDOW = 200  # candles a decision may see
 FILTER = 128  # rows of regime inputs the regime filter runs over
 
-# %% ../../nbs/learning/20_features.ipynb #4844a8d4
+# %% ../../nbs/learning/20_features.ipynb #d114436f
 Join = Callable[[np.ndarray, np.ndarray, int, int], np.ndarray]
 
 def fold(
@@ -36,7 +36,8 @@ def fold(
     total, covered, width = x, 0, 1
     while True:
         if length & width:
-            part = x[..., length - covered - width:][..., :rows]
+            first = length - covered - width
+            part = x[..., first:first + rows]
             total = join(part, total, width, covered) if covered else part
             covered += width
         if covered == length:
@@ -73,17 +74,17 @@ def rolling_min(
     "Smallest of every n neighbours."
     return fold(x, n, lambda old, new, *_: np.minimum(old, new))
 
-# %% ../../nbs/learning/20_features.ipynb #adfd8500
+# %% ../../nbs/learning/20_features.ipynb #4a81f5dd
 def _join_moments(old: np.ndarray, new: np.ndarray, n_old: int, n_new: int) -> np.ndarray:
     "Sums and squared deviations of both parts together, written in place."
     both = np.empty(new.shape)
     total, squares = both
-    np.multiply(old[0], n_new / n_old, out=squares)
-    squares -= new[0]
+    np.subtract(old[0] if n_old == n_new else old[0] * (n_new / n_old), new[0], out=squares)
     squares *= squares
     squares *= n_old / (n_new * (n_old + n_new))
-    squares += old[1]
-    squares += new[1]
+    if n_old + n_new > 2:
+        squares += old[1]
+        squares += new[1]
     np.add(old[0], new[0], out=total)
     return both
 
@@ -102,7 +103,7 @@ def rolling_std(
     "Standard deviation (of the population) of every n neighbours."
     return rolling_moments(x, n)[1]
 
-# %% ../../nbs/learning/20_features.ipynb #4cf2b72e
+# %% ../../nbs/learning/20_features.ipynb #a3d4c4d1
 def rolling_ema(
     x: np.ndarray,  # (N,)
     span: int,      # the usual span: decay = 1 - 2 / (span + 1)
@@ -110,7 +111,11 @@ def rolling_ema(
 ) -> np.ndarray:    # (N - length + 1,)
     "Exponentially weighted mean of every `length` neighbours, the newest weighing most."
     decay = 1 - 2 / (span + 1)
-    total = fold(x, length, lambda old, new, _, n_new: old * decay**n_new + new)
+    def join(old: np.ndarray, new: np.ndarray, _: int, n_new: int) -> np.ndarray:
+        both = old * decay**n_new
+        both += new
+        return both
+    total = fold(x, length, join)
     return total * ((1 - decay) / (1 - decay**length))
 
 # %% ../../nbs/learning/20_features.ipynb #c7461aeb
