@@ -147,6 +147,13 @@ def test_a_failing_cell_keeps_what_was_done(tmp_path):
     assert not (out / "reports" / "broken" / "summary.json").exists(), "the summary of an older run must not stand beside a broken one"
 
 
+def test_braces_in_a_path_are_refused(tmp_path):
+    write_notebook(tmp_path / "n", "line", "out = ''")
+    with pytest.raises(InputError, match="without braces"):
+        workflows.run_workflow("line", {}, tmp_path / "{seed}", folder=tmp_path / "n")
+    assert not (tmp_path / "{seed}").exists()
+
+
 def test_a_kernel_that_dies_is_one_line(tmp_path):
     write_notebook(tmp_path / "n", "dead", "out = ''", "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
     with pytest.raises(DeltaGoError, match="dead: the kernel died"):

@@ -61,7 +61,7 @@ def _legend(axes: Axes, handles: list[Any], columns: int = 5, **place: Any) -> N
     where = place or {"loc": "upper left", "bbox_to_anchor": (-0.01, -0.12)}
     axes.legend(handles=handles, ncols=columns, fontsize=8, frameon=False, labelcolor=INK, handlelength=1.2, columnspacing=1.4, borderaxespad=0, **where)
 
-# %% ../../nbs/evidence/56_plots.ipynb #a1bc9514
+# %% ../../nbs/evidence/56_plots.ipynb #aa92689e
 def _clock(time: np.ndarray) -> np.ndarray:
     return np.asarray(time, "int64").astype("datetime64[s]")
 
@@ -74,11 +74,11 @@ def _date_axis(axes: Axes, time: np.ndarray) -> None:
         axes.set_xlim(_clock(time)[0], _clock(time)[-1])
 
 def _price_axis(axes: Axes, prices: np.ndarray) -> None:
-    if prices.max() > 2.5 * prices.min():
+    if prices.max() > 2.5 * prices.min() > 0:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}" if prices.min() > 20 else "{x:,.2f}"))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}" if prices.max() > 40 else "{x:,.2f}"))
 
 def _words(name: str) -> str:
     return name.replace("_", " ")
@@ -245,7 +245,7 @@ def breaker_bar(
     below = np.flatnonzero(equity <= peak * (1 - limit))
     return int(below[0]) if len(below) else None
 
-# %% ../../nbs/evidence/56_plots.ipynb #2e1d61b6
+# %% ../../nbs/evidence/56_plots.ipynb #ea8cf30c
 def equity_and_drawdown(
     time: np.ndarray,                    # (bars,) int64 opens, seconds UTC
     curves: Mapping[str, np.ndarray],    # by name, (bars,) USD at the closes; the first is the one in question
@@ -260,17 +260,17 @@ def equity_and_drawdown(
         colour, thick = CURVE_COLOURS.get(name, MIXED), 1.6 if name == next(iter(curves)) else 1.0
         falls = 1 - equity / np.maximum.accumulate(np.maximum(equity, start_equity))
         grown[name], fallen[name] = equity[-1] / start_equity - 1, falls.max()
-        upper.plot(_clock(time)[rows], equity[rows], color=colour, linewidth=thick, label=f"{name} {grown[name]:+.1%}", zorder=3 if thick > 1 else 2)
+        upper.plot(_clock(time)[rows], equity[rows], color=colour, linewidth=thick, label=f"{name} {grown[name]:+,.1%}", zorder=3 if thick > 1 else 2)
         lower.plot(_clock(time)[rows], -100 * falls[rows], color=colour, linewidth=thick, zorder=3 if thick > 1 else 2)
         if name != "buy and hold" and (bar := breaker_bar(equity, start_equity, limit)) is not None:
             upper.plot(_clock(time)[bar], equity[bar], "X", color=colour, markersize=7, markeredgecolor="white", zorder=4)
     upper.axhline(start_equity, color=MUTED, linewidth=0.7)
     lower.axhline(-100 * limit, color=MUTED, linewidth=0.9, linestyle=(0, (2, 2)))
     first, last = next(iter(curves)), list(curves)[-1]
-    versus = f"; {last} {grown[last]:+.1%} and {fallen[last]:.1%}" if last != first else ""
+    versus = f"; {last} {grown[last]:+,.1%} and {fallen[last]:.1%}" if last != first else ""
     _dress(upper, f"{first}: {grown[first]:+.1%}, worst fall {fallen[first]:.1%}{versus}", y="USD")
     _dress(lower, "", y="below peak, %")
-    upper.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    _price_axis(upper, np.concatenate(list(curves.values())))
     _date_axis(lower, time)
     _legend(lower, upper.get_legend_handles_labels()[0], loc="upper left", bbox_to_anchor=(-0.01, -0.22))
     return upper, lower

@@ -54,14 +54,14 @@ def make_table(
     columns = tuple(listed[0]) if listed else ("nothing",)
     return Table(caption, columns, tuple(tuple(str(row[name]) for name in columns) for row in listed))
 
-# %% ../../nbs/evidence/57_report.ipynb #9f8c6ee5
+# %% ../../nbs/evidence/57_report.ipynb #1c3b308c
 def percent(
     value: float | None,  # a fraction
     digits: int = 1,
     sign: bool = False,   # write a plus too
 ) -> str:
     "A fraction in percent, with a space that does not break; a dash when unknown."
-    return "–" if value is None or not isfinite(value) else f"{100 * value:{'+' if sign else ''}.{digits}f}\u00a0%"
+    return "–" if value is None or not isfinite(value) else f"{100 * value:{'+' if sign else ''},.{digits}f}\u00a0%"
 
 def number(
     value: float | None,

@@ -185,7 +185,7 @@ def _execute(notebook: Path, target: Path, parameters: dict[str, Any], tell: Cal
         return DeltaGoError(f"{notebook.stem}: the kernel died, most likely for want of memory; the half-run notebook is kept in reports/{notebook.stem}/")
     return None
 
-# %% ../../nbs/evidence/58_workflows.ipynb #8bcdae14
+# %% ../../nbs/evidence/58_workflows.ipynb #e69267ff
 def run_workflow(
     name: str,                       # the notebook's
     parameters: Mapping[str, Any],   # by name, checked
@@ -199,6 +199,8 @@ def run_workflow(
     given = {key: str(Path(value).resolve()) if key in ("data", "champion") and value else value for key, value in parameters.items()}
     given = {**given, "out": str(Path(out).resolve())}
     check_parameters(notebook, given)
+    if set("{}") & set(f"{reports}{notebook}"):
+        raise InputError(f"out: expected a folder without braces, got {out}; papermill reads them as names of parameters")
     reports.mkdir(parents=True, exist_ok=True)
     for stale in ("report.html", "summary.json"):
         (reports / stale).unlink(missing_ok=True)
