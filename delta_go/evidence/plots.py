@@ -306,7 +306,7 @@ def calibration(
     better = "better than" if brier < base - 1e-4 else "no better than" if brier < base + 1e-4 else "worse than"
     return _dress(axes, f"Brier score {brier:.4f}, {better} the average's {base:.4f}", "said", "happened")
 
-# %% ../../nbs/evidence/56_plots.ipynb #49ba6a14
+# %% ../../nbs/evidence/56_plots.ipynb #8e97cd43
 def value_by_threshold(
     rows: Sequence[Any],           # candidates with threshold, trades, mean, lower, upper (fractions of notional)
     chosen: float | None = None,   # the threshold in use; None: abstains
@@ -326,7 +326,7 @@ def value_by_threshold(
     axes.axhline(0, color=INK, linewidth=0.9)
     axes.set_xticks(place, [f"{'all' if row.threshold <= 0 else f'{row.threshold:.3f}'}\n{row.trades:,} trades" for row in rows])
     best = next((row for row in rows if chosen is not None and row.threshold == chosen), None)
-    title = (f"From {best.threshold:.3f} up a trade earns {best.mean:+.2%}, at least {best.lower:+.2%}" if best
+    title = (f"{'Every signal:' if best.threshold <= 0 else f'From {best.threshold:.3f} up'} a trade earns {best.mean:+.2%}, at least {best.lower:+.2%}" if best
              else "No threshold has a lower bound above zero: the predictor abstains" if chosen is None else f"Threshold in use: {chosen:.3f}")
     return _dress(axes, title, "least probability", "net % a trade")
 

@@ -159,7 +159,7 @@ def compare_truth(
     rows = [row(symbol, mine, truth[symbol][-len(mine):]) for symbol, mine in seen.items()] if truth else [{"symbol": "all", "truth": "not known for real candles"}]
     return make_table("Filtered regimes beside the truth", rows)
 
-# %% ../../nbs/evidence/57_report.ipynb #9ac75fe8
+# %% ../../nbs/evidence/57_report.ipynb #24cfcb76
 def list_predictor(
     quality: Any,  # `predictor_fit.PredictorQuality`
 ) -> Table:
@@ -174,9 +174,11 @@ def describe_predictor(
     predictor: Any,  # with threshold and abstain_reason
 ) -> str:
     "What the predictor decided to do."
-    return f"The predictor abstains: {predictor.abstain_reason}." if predictor.threshold is None else f"The predictor takes signals from a probability of {predictor.threshold:.3f} up."
+    if predictor.threshold is None:
+        return f"The predictor abstains: {predictor.abstain_reason}."
+    return f"The predictor takes signals from a probability of {predictor.threshold:.3f} up." if predictor.threshold > 0 else "The predictor takes every signal."
 
-# %% ../../nbs/evidence/57_report.ipynb #0a5f3234
+# %% ../../nbs/evidence/57_report.ipynb #8f2ddcb7
 def list_folds(
     folds: Sequence[Any],  # `walk_forward.Fold`
 ) -> Table:
@@ -186,7 +188,7 @@ def list_folds(
         fitted = sum(model.kind == "hmm" for model in models.regimes.values())
         return {"test period": f"{date(fold.start)} to {date(fold.end)}", "regimes fitted": f"{fitted} of {len(models.regimes)}",
                 "past signals": f"{models.predictor_quality.examples:,}", "winners": percent(models.predictor_quality.base_rate),
-                "ROC area": number(models.predictor_quality.auc, 3), "threshold": "abstains" if threshold is None else f"{threshold:.3f}"}
+                "ROC area": number(models.predictor_quality.auc, 3), "threshold": "abstains" if threshold is None else f"{threshold:.3f}" if threshold > 0 else "all"}
     return make_table("Refitted for each test period, from its past alone", map(row, folds))
 
 # %% ../../nbs/evidence/57_report.ipynb #1e596d81
