@@ -112,7 +112,7 @@ def simulate(
     for path in write_market(market, folder):
         typer.echo(path)
 
-# %% ../nbs/90_cli.ipynb #8193aba9
+# %% ../nbs/90_cli.ipynb #6d9747a2
 @data_app.command("import")
 def import_file(
     path: Annotated[Path, typer.Argument(help="A CSV file with time, open, high, low, close, volume.")],
@@ -124,7 +124,7 @@ def import_file(
 
     from delta_go.market.store import append_candles, import_csv
     merge = append_candles(folder, import_csv(path, symbol, resolution), time.time())
-    typer.echo(f"{symbol} {resolution}: {merge.added:,} bars added, {merge.changed:,} changed, {merge.rows:,} in the store")
+    typer.echo(f"{symbol} {resolution}: {merge.added:,} bars added, {len(merge.changed):,} changed, {merge.rows:,} in the store")
 
 # %% ../nbs/90_cli.ipynb #a238b0b0
 @data_app.command("fetch")

@@ -145,12 +145,13 @@ def probability_better(
     draws = metrics.bootstrap_draws(columns, lambda sums: ratio(sums[:, :2]) - ratio(sums[:, 2:]), block, seed=seed)
     return float(np.mean(draws < 0)) if len(draws) else None
 
-# %% ../../nbs/evidence/52_gate.ipynb #17b14dcc
+# %% ../../nbs/evidence/52_gate.ipynb #d18fcd26
 def gather_evidence(
     record: TrackRecord,
     count: TrialCount,                         # of the family, from the ledger
     configurations: np.ndarray | None = None,  # (days, N) daily returns of all that was considered
     baseline: TrackRecord | None = None,       # take every signal, same range
+    contender: TrackRecord | None = None,      # what is set against the baseline, breakers off as there; None for the record itself
     limits: Thresholds = Thresholds(),
     seed: int = 0,
 ) -> Evidence:
@@ -175,7 +176,7 @@ def gather_evidence(
         deflated_sharpe=deflated_sharpe(metrics.return_moments(returns), count),
         trials=count.trials,
         overfitting=None if several is None else overfitting_probability(several),
-        baseline_better=None if baseline is None else probability_better(returns, metrics.record_returns(baseline)[1], seed),
+        baseline_better=None if baseline is None else probability_better(metrics.record_returns(contender or record)[1], metrics.record_returns(baseline)[1], seed),
         max_drawdown=metrics.max_drawdown(record.equity, record.start_equity),
     )
 

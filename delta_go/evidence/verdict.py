@@ -46,7 +46,7 @@ def regime_bars(
     counts = np.bincount(result.tape.plan["regime"][result.tape.present], minlength=len(REGIMES))
     return dict(zip(REGIMES, counts.tolist()))
 
-# %% ../../nbs/evidence/59_verdict.ipynb #54c1b5af
+# %% ../../nbs/evidence/59_verdict.ipynb #68b10c9f
 LOOKED_BEFORE = 60  # rules and brackets seen on real candles before the trial ledger began
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,7 @@ def weigh(
     record_trials(trials, entries)
     count = count_trials(read_trials(trials), family)
     count = replace(count, trials=count.trials + looked_before)
-    evidence = gather_evidence(records["gate"], count, daily, records["signals"], limits, seed)
+    evidence = gather_evidence(records["gate"], count, daily, records["signals"], records["predictor"], limits, seed)
     verdict = with_abstention(judge(evidence, limits), walk)
     figures = summarise_backtest(records["gate"], evidence.deflated_sharpe, verdict.line, regime_bars(walk.backtests["gate"]), seed)
     return Weighed(evidence, verdict, records, daily, figures)

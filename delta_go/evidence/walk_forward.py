@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DAY', 'REGIME_ONLY_STOP', 'REGIME_ONLY_TARGET', 'REGIME_ONLY_BARS', 'SHARES', 'BACKENDS', 'UNGATED', 'WalkSettings',
-           'fold_edges', 'Fold', 'past_of', 'play_fold', 'regime_plan', 'share_plan', 'glue_plans', 'Scored',
-           'score_plans', 'spread', 'WalkForward', 'variant_plans', 'walk_forward']
+           'fold_edges', 'Fold', 'past_of', 'play_fold', 'regime_plan', 'chosen_plan', 'share_plan', 'glue_plans',
+           'Scored', 'score_plans', 'spread', 'WalkForward', 'variant_plans', 'walk_forward']
 
 # %% ../../nbs/evidence/55_walk_forward.ipynb #8f7d7406
 import contextlib
@@ -108,6 +108,13 @@ def regime_plan(
     return Plan(side, features.close - REGIME_ONLY_STOP * reach, features.close + REGIME_ONLY_TARGET * reach, np.where(side != 0, REGIME_ONLY_BARS, 0),
                 view.regime.astype(np.int64), view.confidence, np.full(len(side), np.nan), np.full(len(side), PERMIT), np.zeros(len(side), np.int64), ("regime alone",))
 
+# %% ../../nbs/evidence/55_walk_forward.ipynb #c2c57fbd
+def chosen_plan(
+    plan: Plan,
+) -> Plan:
+    "Only the signals that the predictor permits."
+    return replace(plan, side=np.where(plan.permitted == PERMIT, plan.side, 0))
+
 # %% ../../nbs/evidence/55_walk_forward.ipynb #38575380
 SHARES = (0.7, 0.5, 0.25)  # of signals taken
 
@@ -205,7 +212,7 @@ def spread(
                 progress(len(done), len(items))
         return done
 
-# %% ../../nbs/evidence/55_walk_forward.ipynb #0a9ce5f0
+# %% ../../nbs/evidence/55_walk_forward.ipynb #ad1461b5
 @dataclass(frozen=True, slots=True)
 class WalkForward:
     "What walking history showed."
@@ -220,11 +227,12 @@ def variant_plans(
     "What each variant proposes in one fold."
     gate = {symbol: make_plan(reading, fold.models.predictor) for symbol, reading in fold.readings.items()}
     plans = {"gate": gate, "signals": gate, "regimes": {symbol: regime_plan(reading) for symbol, reading in fold.readings.items()}}
+    plans["predictor"] = {symbol: chosen_plan(plan) for symbol, plan in gate.items()}
     for share in SHARES:
         plans[f"share_{share:.0%}".rstrip("%")] = {symbol: share_plan(reading, fold.models, share) for symbol, reading in fold.readings.items()}
     return plans
 
-# %% ../../nbs/evidence/55_walk_forward.ipynb #790e07b2
+# %% ../../nbs/evidence/55_walk_forward.ipynb #891abd0f
 def walk_forward(
     candles: Mapping[str, Candles],
     payments: Payments,
@@ -245,4 +253,4 @@ def walk_forward(
     runs = {variant: run_backtest(tape, settings.limits, settings.train.costs, "signals" if variant in UNGATED else "gate", settings.starting_equity) for variant, tape in tapes.items()}
     return WalkForward(folds, runs, score_plans(candles, payments, glued["signals"], settings.train.costs), settings)
 
-UNGATED = ("signals", "regimes")  # variants that cover their whole range, with the breakers off
+UNGATED = ("signals", "regimes", "predictor")  # variants that cover their whole range, with the breakers off
