@@ -8,9 +8,9 @@ from rich.console import Console
 from rich.table import Table
 
 
-def best_seconds(rivals: dict[str, Callable[[], object]], rounds: int = 7) -> dict[str, float]:
-    """Best wall time of each rival; one warm-up each, then they take turns."""
-    for work in rivals.values():
+def best_seconds(rivals: dict[str, Callable[[], object]], rounds: int = 7, warm_up: bool = True) -> dict[str, float]:
+    """Best wall time of each rival; one warm-up each unless they are long, then they take turns."""
+    for work in rivals.values() if warm_up else ():
         work()
     best = dict.fromkeys(rivals, float("inf"))
     for _ in range(rounds):
