@@ -95,7 +95,7 @@ def overfitting_probability(returns: np.ndarray, blocks: int = 16) -> float:  # 
     logits = overfitting_logits(returns, blocks)
     return float(np.mean(logits < -1e-12) + 0.5 * np.mean(np.abs(logits) <= 1e-12))
 
-# %% ../../nbs/evidence/52_gate.ipynb #090ed379
+# %% ../../nbs/evidence/52_gate.ipynb #f6b9b503
 @dataclass(frozen=True, slots=True)
 class Thresholds:
     "What evidence must show before a model may trade."
@@ -104,7 +104,7 @@ class Thresholds:
     deflated_sharpe: float = 0.95    # at least, probability
     overfitting: float = 0.5         # below, probability
     baseline_better: float = 0.25    # below, probability that taking every signal is better
-    max_drawdown: float = 0.10       # at most, fraction of peak equity
+    max_drawdown: float = 0.25       # at most, fraction of peak equity, breakers off
 
 # %% ../../nbs/evidence/52_gate.ipynb #bbe394f0
 @dataclass(frozen=True, slots=True)
@@ -145,13 +145,12 @@ def probability_better(
     draws = metrics.bootstrap_draws(columns, lambda sums: ratio(sums[:, :2]) - ratio(sums[:, 2:]), block, seed=seed)
     return float(np.mean(draws < 0)) if len(draws) else None
 
-# %% ../../nbs/evidence/52_gate.ipynb #d18fcd26
+# %% ../../nbs/evidence/52_gate.ipynb #17b14dcc
 def gather_evidence(
     record: TrackRecord,
     count: TrialCount,                         # of the family, from the ledger
     configurations: np.ndarray | None = None,  # (days, N) daily returns of all that was considered
     baseline: TrackRecord | None = None,       # take every signal, same range
-    contender: TrackRecord | None = None,      # what is set against the baseline, breakers off as there; None for the record itself
     limits: Thresholds = Thresholds(),
     seed: int = 0,
 ) -> Evidence:
@@ -176,7 +175,7 @@ def gather_evidence(
         deflated_sharpe=deflated_sharpe(metrics.return_moments(returns), count),
         trials=count.trials,
         overfitting=None if several is None else overfitting_probability(several),
-        baseline_better=None if baseline is None else probability_better(metrics.record_returns(contender or record)[1], metrics.record_returns(baseline)[1], seed),
+        baseline_better=None if baseline is None else probability_better(returns, metrics.record_returns(baseline)[1], seed),
         max_drawdown=metrics.max_drawdown(record.equity, record.start_equity),
     )
 

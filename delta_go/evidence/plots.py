@@ -23,12 +23,12 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator, StrMethodF
 from ..domain import REGIMES, Trade
 from ..market.candles import Candles
 
-# %% ../../nbs/evidence/56_plots.ipynb #afae7f5e
+# %% ../../nbs/evidence/56_plots.ipynb #ce419d9b
 INK, MUTED, FAINT = "#22303c", "#6b7785", "#e4e8ec"
 REGIME_COLOURS = dict(zip(REGIMES, ("#0b7a75", "#d9603b", "#ead9a0", "#51307f", "#7cc0f0")))
 GAIN, LOSS, MIXED = REGIME_COLOURS["bull"], REGIME_COLOURS["bear"], "#a9b2bc"
 DASHED: dict[str, Any] = {"color": INK, "linewidth": 0.9, "linestyle": (0, (2, 2))}
-CURVE_COLOURS = {"gate": INK, "signals": "#c98a12", "regimes": "#3b82c4", "buy and hold": MIXED}
+CURVE_COLOURS = {"predictor": INK, "gate": "#7a4fa3", "signals": "#c98a12", "regimes": "#3b82c4", "buy and hold": MIXED}
 
 # %% ../../nbs/evidence/56_plots.ipynb #b60a708e
 def canvas(
