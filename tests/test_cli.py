@@ -12,6 +12,7 @@ import pytest
 
 from delta_go.cli import main
 from delta_go.domain import LEDGER_COLUMNS
+from delta_go.evidence.metrics import SUMMARY_KEYS
 from delta_go.learning.features import WINDOW
 from delta_go.learning.reading import read_market
 from delta_go.learning.registry import EVIDENCE, Manifest, regime_file, save_models
@@ -56,7 +57,7 @@ def test_backtest_writes_figures_and_ledger(capsys, folders, tmp_path):
     code, _, _ = say(capsys, "backtest", "--data", data, "--models", models, "--policy", "signals", "--json", tmp_path / "b.json", "--ledger", tmp_path / "l.csv", "--start", "2023-09-01")
     figures, trades = json.loads((tmp_path / "b.json").read_text()), read_ledger(tmp_path / "l.csv")
     assert code == 0 and figures["trades"] == len(trades) > 20
-    assert set("start end symbols bars trades net_return sharpe sharpe_ci95 deflated_sharpe max_drawdown calmar profit_factor win_rate exposure turnover fees funding buy_and_hold_return verdict".split()) <= set(figures)
+    assert set(SUMMARY_KEYS) <= set(figures)
     assert figures["verdict"] == "no edge: example"
     assert abs(figures["net_return"] - sum(trade.pnl for trade in trades) / 10_000) < 1e-6
     assert (tmp_path / "l.csv").read_text().splitlines()[0] == ",".join(LEDGER_COLUMNS)

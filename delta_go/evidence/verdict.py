@@ -6,7 +6,7 @@
 __all__ = ['NEVER_CHOSEN', 'LOOKED_BEFORE', 'COMPARED', 'record_of', 'regime_bars', 'family_of', 'Weighed', 'weigh',
            'with_abstention', 'record_start', 'record_end', 'compare', 'replay']
 
-# %% ../../nbs/evidence/59_verdict.ipynb #adcb838c
+# %% ../../nbs/evidence/59_verdict.ipynb #fbd40834
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..config import load_settings
-from ..domain import REGIMES, InputError
+from ..domain import REGIMES
 from .gate import Evidence, Thresholds, Verdict, gather_evidence, judge
 from .metrics import TrackRecord, ledger_columns, record_returns, return_moments, summarise_backtest
 from .trials import count_trials, make_trial, read_trials, record_trials

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['NO_FUNDING', 'Reading', 'read_market']
 
-# %% ../../nbs/learning/30_reading.ipynb #45422a32
+# %% ../../nbs/learning/30_reading.ipynb #5cb407be
 from dataclasses import dataclass
 
 import numpy as np
 
 from .features import Features, compute_features
-from .predictor import PREDICTOR_FEATURES, funding_at, predictor_inputs
+from .predictor import funding_at, predictor_inputs
 from .regimes import RegimeModel, RegimeView, filter_regimes
 from .strategies import Signals, StrategySettings, propose
 from ..market.candles import Candles
