@@ -126,7 +126,7 @@ def import_file(
     merge = append_candles(folder, import_csv(path, symbol, resolution), time.time())
     typer.echo(f"{symbol} {resolution}: {merge.added:,} bars added, {len(merge.changed):,} changed, {merge.rows:,} in the store")
 
-# %% ../nbs/90_cli.ipynb #a238b0b0
+# %% ../nbs/90_cli.ipynb #bf1a9ccc
 @data_app.command("fetch")
 def fetch(
     folder: Annotated[Path, typer.Argument(help="The store.")],
@@ -142,7 +142,8 @@ def fetch(
     from delta_go.domain import SYMBOLS
     from delta_go.live.exchange import BASE_URL, download, download_funding
     from delta_go.market.load import parse_time
-    chosen, span = split_words(symbols) or list(SYMBOLS), (parse_time(start or "2024-01-10"), parse_time(end) or int(time.time()))
+    chosen = split_words(symbols) or list(SYMBOLS)
+    span = parse_time(start or "2024-01-10") or 0, parse_time(end) or int(time.time())
     with Progress() as progress:
         bar = progress.add_task("download")
 
