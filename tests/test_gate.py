@@ -133,7 +133,7 @@ def test_good_evidence_trades_and_says_why():
     ({"overfitting": 0.5}, "probability of overfitting 0.50 (below 0.50 needed)"),
     ({"excess_lower": -0.0001}, "buy and hold at the same exposure"),
     ({"baseline_better": 0.4}, "taking every signal is better 0.40"),
-    ({"max_drawdown": 0.26}, "drawdown 26.0 % (at most 25.0 % needed)"),
+    ({"max_drawdown": 0.11}, "drawdown 11.0 % (at most 10.0 % needed)"),
 ])
 def test_each_failure_refuses_alone_and_is_named(change, words):
     verdict = gate.judge(replace(GOOD, **change))

@@ -95,7 +95,7 @@ def overfitting_probability(returns: np.ndarray, blocks: int = 16) -> float:  # 
     logits = overfitting_logits(returns, blocks)
     return float(np.mean(logits < -1e-12) + 0.5 * np.mean(np.abs(logits) <= 1e-12))
 
-# %% ../../nbs/evidence/52_gate.ipynb #f6b9b503
+# %% ../../nbs/evidence/52_gate.ipynb #2eede9d1
 @dataclass(frozen=True, slots=True)
 class Thresholds:
     "What evidence must show before a model may trade."
@@ -104,7 +104,7 @@ class Thresholds:
     deflated_sharpe: float = 0.95    # at least, probability
     overfitting: float = 0.5         # below, probability
     baseline_better: float = 0.25    # below, probability that taking every signal is better
-    max_drawdown: float = 0.25       # at most, fraction of peak equity, breakers off
+    max_drawdown: float = 0.10       # at most, fraction of peak equity, breakers off
 
 # %% ../../nbs/evidence/52_gate.ipynb #bbe394f0
 @dataclass(frozen=True, slots=True)
