@@ -7,8 +7,8 @@ __all__ = ['PREDICTOR_FILE', 'MANIFEST_FILE', 'MODEL_NAME', 'SCHEMA', 'EVIDENCE'
            'Manifest', 'without_nan', 'manifest_bytes', 'strict_pairs', 'refuse_constant', 'parse_manifest',
            'require_resolution', 'describe_candles', 'library_versions', 'regime_answers', 'predictor_answers',
            'check_golden', 'revive', 'open_model', 'with_answers', 'window_question', 'read_current', 'finish_commit',
-           'commit_files', 'LoadedModels', 'open_models', 'load_models', 'model_contents', 'save_models',
-           'promote_models']
+           'commit_files', 'LoadedModels', 'read_manifest', 'open_file', 'open_regimes', 'open_models', 'load_models',
+           'model_contents', 'save_models', 'promote_models']
 
 # %% ../../nbs/learning/29_registry.ipynb #5b46005b
 import hashlib
@@ -264,7 +264,7 @@ def commit_files(
         if MODEL_NAME.fullmatch(path.name) and path.name not in contents:
             path.unlink()
 
-# %% ../../nbs/learning/29_registry.ipynb #c63aa0d1
+# %% ../../nbs/learning/29_registry.ipynb #e998bef8
 @dataclass(frozen=True, slots=True)
 class LoadedModels:
     "A set of models that has passed every check."
@@ -272,27 +272,48 @@ class LoadedModels:
     predictor: Predictor
     manifest: Manifest
 
+def read_manifest(
+    read: Callable[[str], bytes],  # content by file name
+    needed: Sequence[str] = (),    # model files that must be in it
+) -> Manifest:
+    "The manifest of a set; or an `InputError` when it lacks a file."
+    manifest = parse_manifest(read(MANIFEST_FILE))
+    if absent := [name for name in needed if name not in manifest.files]:
+        raise InputError(f"{MANIFEST_FILE}: expected {', '.join(absent)} among its files, got {', '.join(manifest.files)}; retrain")
+    return manifest
+
+def open_file(
+    read: Callable[[str], bytes],  # content by file name
+    manifest: Manifest,
+    name: str,                     # a model file of the manifest
+) -> Any:                          # RegimeModel or Predictor
+    "One model of a set, checked; or an `InputError`."
+    entry = manifest.files[name]
+    return open_model(parse_plain(read(name), entry["sha256"], name), entry["kind"], name)
+
+def open_regimes(
+    read: Callable[[str], bytes],           # content by file name
+    manifest: Manifest,
+    symbols: Sequence[str] | None = None,   # whose regime models; None for all of the manifest
+) -> dict[str, RegimeModel]:                # by symbol
+    "The regime models of a set, checked; or an `InputError`."
+    wanted = manifest.symbols if symbols is None else tuple(symbols)
+    if absent := [symbol for symbol in wanted if symbol not in manifest.symbols]:
+        raise InputError(f"symbols: no regime model for {', '.join(absent)}; the manifest has {', '.join(manifest.symbols)}; choose of these or train the others")
+    regimes: dict[str, RegimeModel] = {symbol: open_file(read, manifest, regime_file(symbol)) for symbol in wanted}
+    for symbol, model in regimes.items():
+        if (model.step, model.window) != (RESOLUTIONS[manifest.resolution], manifest.window):
+            raise InputError(f"{regime_file(symbol)}: expected {manifest.resolution} candles and a window of {manifest.window} as in {MANIFEST_FILE}, "
+                             f"got {model.step} s and {model.window}; retrain")
+    return regimes
+
 def open_models(
     read: Callable[[str], bytes],           # content by file name
     symbols: Sequence[str] | None = None,   # whose regime models; None for all of the manifest
 ) -> LoadedModels:
     "Every file of a set, checked; or an `InputError`."
-    manifest = parse_manifest(read(MANIFEST_FILE))
-    wanted = manifest.symbols if symbols is None else tuple(symbols)
-    if absent := [symbol for symbol in wanted if symbol not in manifest.symbols]:
-        raise InputError(f"symbols: no regime model for {', '.join(absent)}; the manifest has {', '.join(manifest.symbols)}; choose of these or train the others")
-    if PREDICTOR_FILE not in manifest.files:
-        raise InputError(f"{MANIFEST_FILE}: expected {PREDICTOR_FILE} among its files, got {', '.join(manifest.files)}; retrain")
-    models = {}
-    for name in (*map(regime_file, wanted), PREDICTOR_FILE):
-        entry = manifest.files[name]
-        models[name] = open_model(parse_plain(read(name), entry["sha256"], name), entry["kind"], name)
-    regimes = {symbol: models[regime_file(symbol)] for symbol in wanted}
-    for symbol, model in regimes.items():
-        if (model.step, model.window) != (RESOLUTIONS[manifest.resolution], manifest.window):
-            raise InputError(f"{regime_file(symbol)}: expected {manifest.resolution} candles and a window of {manifest.window} as in {MANIFEST_FILE}, "
-                             f"got {model.step} s and {model.window}; retrain")
-    return LoadedModels(regimes, models[PREDICTOR_FILE], manifest)
+    manifest = read_manifest(read, [PREDICTOR_FILE])
+    return LoadedModels(open_regimes(read, manifest, symbols), open_file(read, manifest, PREDICTOR_FILE), manifest)
 
 def load_models(
     folder: Path | str,                     # models/, or the models of a run
