@@ -17,7 +17,7 @@ import numpy as np
 
 from ..domain import InputError
 
-# %% ../../nbs/market/10_candles.ipynb #ce17ccbe
+# %% ../../nbs/market/10_candles.ipynb #bf8c7e9f
 RESOLUTIONS = {"1m": 60, "3m": 180, "5m": 300, "15m": 900, "30m": 1800, "1h": 3600, "2h": 7200, "4h": 14400, "6h": 21600, "1d": 86400}
 COLUMNS = ("time", "open", "high", "low", "close", "volume")
 
@@ -37,7 +37,7 @@ class Candles:
 
     def __getitem__(self, rows: slice | np.ndarray) -> "Candles":
         "The same candles, fewer rows: a slice gives views, a mask or row numbers give copies."
-        return replace(self, **{name: getattr(self, name)[rows] for name in COLUMNS})
+        return Candles(self.symbol, self.step, *(getattr(self, name)[rows] for name in COLUMNS))
 
 # %% ../../nbs/market/10_candles.ipynb #68bc3474
 def columns_of(
@@ -337,7 +337,7 @@ def closed(
     "The bars that have closed by now."
     return candles[:int(np.searchsorted(candles.time, now - candles.step, side="right"))]
 
-# %% ../../nbs/market/10_candles.ipynb #2b55dcff
+# %% ../../nbs/market/10_candles.ipynb #1408ad02
 def contiguous(
     time: np.ndarray,  # int64 seconds UTC
     step: int,         # seconds between opens
@@ -349,7 +349,7 @@ def contiguous(
     if len(time) < length:
         return np.zeros(0, bool)
     breaks = np.zeros(len(time), np.int64)
-    np.cumsum(np.diff(time) != step, out=breaks[1:])
+    np.add.accumulate(time[1:] - time[:-1] != step, dtype=np.int64, out=breaks[1:])
     return breaks[length - 1:] == breaks[:len(time) - length + 1]
 
 # %% ../../nbs/market/10_candles.ipynb #59de8296
