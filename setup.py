@@ -29,7 +29,7 @@ setup(
         "bench": shlex.split(settings["bench_requirements"]),
     },
     entry_points={
-        "console_scripts": ["delta-go = delta_go.cli:main"],
+        "console_scripts": ["delta-go = delta_go.cli:main", "delta-go-serve = delta_go.serving.server:main"],
         "nbdev": [f"{package} = {package}._modidx:d"],
     },
 )
