@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'data_app', 'Symbols', 'Resolution', 'Start', 'End', 'Seed', 'Jobs', 'AllowGaps', 'main', 'split_words', 'run',
-           'check', 'simulate', 'import_file', 'fetch', 'backtest']
+           'check', 'simulate', 'import_file', 'fetch', 'backtest', 'serve']
 
 # %% ../nbs/90_cli.ipynb #a7b6d849
 import json
@@ -177,3 +177,15 @@ def backtest(
         json_file.parent.mkdir(parents=True, exist_ok=True)
         json_file.write_text(text + "\n")
     typer.echo(text if not json_file else f"{figures['trades']} trades, net return {figures['net_return']:.2%}, verdict of the models: {figures['verdict']}")
+
+# %% ../nbs/90_cli.ipynb #125d223a
+@app.command()
+def serve(
+    name: Annotated[str, typer.Argument(help="hmm-detector or trade-predictor.")],
+    port: Annotated[int, typer.Option(envvar="PORT", help="Where it listens.")] = 8080,
+    host: Annotated[str, typer.Option(envvar="HOST", help="The address it listens on.")] = "127.0.0.1",
+) -> None:
+    "Run a model service until it is told to stop; models from HMM_MODEL_DIR or TRADE_PREDICTOR_MODEL."
+    import os
+    start = "from delta_go.serving.server import main; main()"
+    os.execve(sys.executable, [sys.executable, "-c", start, name], {**os.environ, "PORT": str(port), "HOST": host})
