@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['TRACEPARENT', 'CLOUD_TRACE', 'REQUEST_ID', 'STARS', 'SECRET_NAME', 'GAP', 'HINTS', 'PATTERNS', 'LONGEST', 'HEAD',
            'REDACTOR', 'DEEPEST', 'MOST_ITEMS', 'LONGEST_TEXT', 'FIELDS', 'USUAL', 'SEVERITIES', 'ROUTES', 'METHODS',
-           'OUTCOMES', 'OTHER', 'LATENCIES', 'SHARES', 'Trace', 'trace_of', 'request_id_of', 'forms_of', 'Redactor',
-           'register_secret', 'redact', 'text_of', 'plain', 'log_fields', 'message_of', 'failure_of', 'time_of',
-           'JsonFormatter', 'RedactFilter', 'QuietHandler', 'log_uncaught', 'configure_logging', 'known', 'Meters',
-           'Metrics']
+           'OUTCOMES', 'OTHER', 'LATENCIES', 'SHARES', 'Trace', 'trace_of', 'request_id_of', 'patterns', 'forms_of',
+           'Redactor', 'register_secret', 'redact', 'text_of', 'plain', 'log_fields', 'message_of', 'failure_of',
+           'simple', 'time_of', 'JsonFormatter', 'RedactFilter', 'QuietHandler', 'log_uncaught', 'configure_logging',
+           'known', 'Meters', 'Metrics']
 
-# %% ../../nbs/serving/63_telemetry.ipynb #587d8cd0
+# %% ../../nbs/serving/63_telemetry.ipynb #4884b2c5
 import base64
 import json
 import logging
@@ -24,21 +24,22 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cache
 from types import TracebackType
 from typing import Any
 from urllib.parse import quote
 
+import msgspec
+
 from ..domain import REGIMES, InputError
 from .contract import CODES
 
-# %% ../../nbs/serving/63_telemetry.ipynb #d8e5ca8d
+# %% ../../nbs/serving/63_telemetry.ipynb #a42d2272
 TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-[0-9a-f]{2}(?P<more>-.{0,256})?")
-CLOUD_TRACE = re.compile(r"(?!0{32})([0-9a-f]{32})(?:/(\d{1,20}))?(?:;o=\d)?", re.IGNORECASE)
+CLOUD_TRACE = re.compile(r"(?!0{32})([0-9a-fA-F]{32})(?:/([0-9]{1,20}))?(?:;o=[0-9])?")
 
-@dataclass(frozen=True, slots=True)
-class Trace:
+class Trace(msgspec.Struct, frozen=True):
     "The trace a request belongs to."
     trace_id: str  # 32 hexadecimal digits
     span_id: str   # 16 hexadecimal digits, empty if nobody named one
@@ -69,20 +70,25 @@ def request_id_of(
     given = headers.get("X-Request-Id") or headers.get("x-request-id") or ""
     return given if REQUEST_ID.fullmatch(given) else random(16).hex()
 
-# %% ../../nbs/serving/63_telemetry.ipynb #53bcb006
+# %% ../../nbs/serving/63_telemetry.ipynb #9c1bb5bd
 STARS = "***"
-SECRET_NAME = re.compile(r"authorization|api[-_ ]?key|secret|signature|passw|cookie|token", re.IGNORECASE)
+SECRET_NAME = re.compile(r"authorization|api[-_ ]?key|secret|signature|passw|cookie|token")
 GAP = r"""[\w-]{0,24}\\{0,4}["']?\s{0,4}(?:[:=]|%3[AD]|(?<=["']),)\s{0,4}b?\\{0,4}["']?"""
-HINTS = re.compile(SECRET_NAME.pattern + r"|bearer|eyJ|://[^/\s]{0,400}@", re.IGNORECASE)
-PATTERNS = tuple((re.compile(pattern, re.IGNORECASE), kept) for pattern, kept in (
+HINTS = ("authorization", "apikey", "api-key", "api_key", "api key", "secret", "signature", "passw", "cookie", "token", "bearer", "eyj", "://")
+PATTERNS = (
     (rf"""((?:authorization|cookie){GAP})[^"'\r\n\\]+""", rf"\1{STARS}"),
     (rf"""((?:api[-_ ]?key|secret|signature|passw|token){GAP})(?!expected\s|no such\s)((?<=["'])[^"'\r\n\\]+|[^\s"'\\,;&)\]}}<>]+)""", rf"\1{STARS}"),
     (r"(\bbearer\s{1,4})[\w.~+/=-]{8,}", rf"\1{STARS}"),
     (r"(?<![\w-])eyJ[\w-]{5,}\.[\w-]+\.[\w-]*", STARS),
     (r"""(://[^\s/@:"']{0,64}:)[^\s/@"']{1,256}@""", rf"\1{STARS}@"),
-))
+)
 
-# %% ../../nbs/serving/63_telemetry.ipynb #e237c0fb
+@cache
+def patterns() -> tuple[tuple[re.Pattern[str], str], ...]:
+    "The shapes of secrets and what is left of them; compiled when the first text looks like one."
+    return tuple((re.compile(pattern, re.IGNORECASE), kept) for pattern, kept in PATTERNS)
+
+# %% ../../nbs/serving/63_telemetry.ipynb #5ab40887
 LONGEST = 65_536  # characters of a text that are looked at; the rest is dropped
 HEAD = 12         # characters by which a long secret is known when it was cut short
 
@@ -93,6 +99,7 @@ def forms_of(
     coded = secret.encode("utf-8", "replace")
     forms = {secret, quote(coded, safe=""), json.dumps(secret)[1:-1], repr(secret)[1:-1], base64.b64encode(coded).decode().rstrip("="),
              base64.urlsafe_b64encode(coded).decode().rstrip("="), *(line.strip() for line in secret.splitlines())}
+    forms |= {json.dumps(form)[1:-1] for form in forms}
     return sorted((form for form in forms if len(form) >= 8), key=len, reverse=True)
 
 class Redactor:
@@ -101,7 +108,8 @@ class Redactor:
     def __init__(self) -> None:
         "Nothing registered yet."
         self.known: tuple[str, ...] = ()
-        self.pattern: re.Pattern[str] | None = None
+        self.marks: tuple[str, ...] = ()
+        self.pattern = re.compile(r"(?!)")
 
     def register(
         self,
@@ -114,6 +122,15 @@ class Redactor:
         heads = sorted({form[:HEAD] for form in self.known if len(form) >= 2 * HEAD})
         cut = [re.escape(head) + r"[\w.~+/=%-]*" for head in heads]
         self.pattern = re.compile("|".join([*map(re.escape, self.known), *cut]))
+        self.marks = (*heads, *(form for form in self.known if len(form) < 2 * HEAD))
+
+    def suspects(
+        self,
+        text: str,  # any text, also one already written as JSON
+    ) -> bool:
+        "Might a secret stand in it? Cheap, and never wrongly no."
+        small = text.lower()
+        return any(hint in small for hint in HINTS) or any(mark in text for mark in self.marks)
 
     def redact(
         self,
@@ -121,11 +138,11 @@ class Redactor:
     ) -> str:
         "The text without secrets."
         text = text[:LONGEST]
-        if self.pattern:
-            text = self.pattern.sub(STARS, text)
-        if HINTS.search(text):
-            for pattern, kept in PATTERNS:
-                text = pattern.sub(kept, text)
+        if not self.suspects(text):
+            return text
+        text = self.pattern.sub(STARS, text)
+        for pattern, kept in patterns():
+            text = pattern.sub(kept, text)
         return text
 
 # %% ../../nbs/serving/63_telemetry.ipynb #01e445b2
@@ -143,7 +160,7 @@ def redact(
     "The text without secrets."
     return REDACTOR.redact(text)
 
-# %% ../../nbs/serving/63_telemetry.ipynb #d416c1e1
+# %% ../../nbs/serving/63_telemetry.ipynb #4ebf9fac
 DEEPEST, MOST_ITEMS, LONGEST_TEXT = 4, 50, 8_192
 
 def text_of(
@@ -172,10 +189,10 @@ def plain(
         return "(deeper)"
     if isinstance(value, Mapping):
         pairs = [(text_of(name), item) for name, item in list(value.items())[:MOST_ITEMS]]
-        return {name: STARS if SECRET_NAME.search(name) else plain(item, depth + 1) for name, item in pairs}
+        return {name: STARS if SECRET_NAME.search(name.lower()) else plain(item, depth + 1) for name, item in pairs}
     if isinstance(value, list | tuple | set | frozenset):
         items = list(value)[:MOST_ITEMS]
-        named = len(items) == 2 and isinstance(items[0], str) and SECRET_NAME.search(items[0])
+        named = len(items) == 2 and isinstance(items[0], str) and SECRET_NAME.search(items[0].lower())
         return [items[0], STARS] if named else [plain(item, depth + 1) for item in items]
     return text_of(value)
 
@@ -193,7 +210,7 @@ def log_fields(
     finally:
         FIELDS.reset(token)
 
-# %% ../../nbs/serving/63_telemetry.ipynb #4f6ad651
+# %% ../../nbs/serving/63_telemetry.ipynb #42fa4aa0
 USUAL = frozenset((*vars(logging.makeLogRecord({})), "message", "asctime", "taskName"))
 SEVERITIES = {"DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"}
 
@@ -218,13 +235,23 @@ def failure_of(
         text = f"(a traceback that could not be written: {type(error).__name__})"
     return text[-2 * LONGEST_TEXT:].encode("utf-8", "replace").decode()
 
+def simple(
+    told: dict[str, object],  # fields of a line
+) -> dict[str, object]:
+    "The same fields if all are short plain values; raises `TypeError` if one needs a closer look."
+    for value in told.values():
+        number = type(value) in (int, float) and -(2**53) < value < 2**53  # type: ignore[operator]
+        if not (number or type(value) in (str, bool, type(None))):
+            raise TypeError("not a plain value")
+    return told
+
 def time_of(
     created: float,  # seconds UTC
 ) -> str:
     "RFC 3339, UTC, to the microsecond."
     return datetime.fromtimestamp(created, UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
 
-# %% ../../nbs/serving/63_telemetry.ipynb #2a5afe86
+# %% ../../nbs/serving/63_telemetry.ipynb #7f10b6d6
 class JsonFormatter(logging.Formatter):
     "One JSON object a line, as Google's log reader understands it; never raises, never shows a secret."
 
@@ -236,31 +263,54 @@ class JsonFormatter(logging.Formatter):
         super().__init__()
         self.prefix = f"projects/{project}/traces/" if project else ""
 
-    def fields(
+    def assemble(
         self,
         record: logging.LogRecord,
+        message: str,                                # the finished message
+        clean: Callable[[dict[str, object]], Any],   # makes the told fields plain
     ) -> dict[str, Any]:
         "What stands in the line."
-        told = (FIELDS.get() or {}) | {name: value for name, value in vars(record).items() if name not in USUAL}
+        told = clean((FIELDS.get() or {}) | {name: value for name, value in vars(record).items() if name not in USUAL})
         trace, span = told.pop("trace_id", None), told.pop("span_id", None)
-        level = record.levelname
-        line = {"severity": level if level in SEVERITIES else "DEFAULT", "message": message_of(record), "time": time_of(record.created), "logger": text_of(record.name)}
+        level = record.levelname if record.levelname in SEVERITIES else "DEFAULT"
+        line = told | {"severity": level, "message": message, "time": time_of(record.created), "logger": record.name}
         if trace:
-            line["logging.googleapis.com/trace"] = self.prefix + text_of(trace)
+            line["logging.googleapis.com/trace"] = f"{self.prefix}{trace}"
         if span:
-            line["logging.googleapis.com/spanId"] = text_of(span)
+            line["logging.googleapis.com/spanId"] = span
+        return line
+
+    def quick(
+        self,
+        record: logging.LogRecord,
+    ) -> str:
+        "The line of an ordinary record; empty if it needs a closer look."
+        if record.exc_info or record.exc_text or record.stack_info:
+            return ""
+        line = msgspec.json.encode(self.assemble(record, record.getMessage(), simple)).decode()
+        return line if len(line) <= LONGEST_TEXT and line.isascii() and not REDACTOR.suspects(line) else ""
+
+    def careful(
+        self,
+        record: logging.LogRecord,
+    ) -> str:
+        "The line of any record, each part made plain and redacted."
+        line = self.assemble(record, message_of(record), plain) | {"logger": text_of(record.name)}
         if failure := failure_of(record):
             line["exception"] = failure
-        return plain(told) | line
+        return json.dumps(line, separators=(",", ":"), allow_nan=False)
 
     def format(self, record: logging.LogRecord) -> str:
         "The line."
-        try:
-            return json.dumps(self.fields(record), separators=(",", ":"), allow_nan=False)
-        except Exception as error:
-            return json.dumps({"severity": "ERROR", "message": f"(a record that could not be written: {type(error).__name__})"})
+        for write in (self.quick, self.careful):
+            try:
+                if line := write(record):
+                    return line
+            except Exception as error:
+                kind = type(error).__name__
+        return json.dumps({"severity": "ERROR", "message": f"(a record that could not be written: {kind})"})
 
-# %% ../../nbs/serving/63_telemetry.ipynb #7fc21874
+# %% ../../nbs/serving/63_telemetry.ipynb #b474a16c
 class RedactFilter(logging.Filter):
     "Rewrites records so that any formatter prints them without secrets."
 
@@ -270,7 +320,7 @@ class RedactFilter(logging.Filter):
         record.msg, record.args = message_of(record), None
         record.exc_text, record.exc_info, record.stack_info = failure or None, None, None
         for name in vars(record).keys() - USUAL:
-            setattr(record, name, STARS if SECRET_NAME.search(name) else plain(getattr(record, name)))
+            setattr(record, name, STARS if SECRET_NAME.search(name.lower()) else plain(getattr(record, name)))
         return True
 
 # %% ../../nbs/serving/63_telemetry.ipynb #f78842c2
@@ -319,7 +369,7 @@ def known(
     "The value if it is one of these, else `other`."
     return value if value in values else OTHER
 
-# %% ../../nbs/serving/63_telemetry.ipynb #aec52b67
+# %% ../../nbs/serving/63_telemetry.ipynb #ca5b125f
 class Meters:
     "What a service counts, in a registry of its own."
 
@@ -345,8 +395,10 @@ class Meters:
         self.ready = Gauge("ready", "1 if the service answers, 0 if it refuses for want of a model.", **mine)
         ProcessCollector(registry=self.registry)
         self.cells: dict[tuple[str, str, str], tuple[Any, Any]] = {}
+        self.outcomes: dict[str, Any] = {}
+        self.shares = self.probability.labels(service)
 
-# %% ../../nbs/serving/63_telemetry.ipynb #8db9603f
+# %% ../../nbs/serving/63_telemetry.ipynb #683bd9b7
 class Metrics(Meters):
     "A service's numbers as things happen."
 
@@ -378,9 +430,11 @@ class Metrics(Meters):
         probability: float | None = None,  # what was answered with it, 0 to 1
     ) -> None:
         "One answer was given."
-        self.answers.labels(self.service, known(outcome, OUTCOMES)).inc()
+        outcome = known(outcome, OUTCOMES)
+        counter = self.outcomes.get(outcome) or self.outcomes.setdefault(outcome, self.answers.labels(self.service, outcome))
+        counter.inc()
         if probability is not None and 0 <= probability <= 1:
-            self.probability.labels(self.service).observe(probability)
+            self.shares.observe(probability)
 
     def use_model(
         self,
