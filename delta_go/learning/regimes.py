@@ -40,28 +40,24 @@ class RegimeModel:
     window: int = WINDOW
     filter_length: int = FILTER
 
-# %% ../../nbs/learning/21_regimes.ipynb #0937ec30
+# %% ../../nbs/learning/21_regimes.ipynb #f4b3b9b2
 FLOOR = -46.0   # log of the smallest relative likelihood, about 1e-20
 SOFTNESS = 0.25 # of z: how gradually the rule passes from one regime to the next
 
 def _normal(model: RegimeModel, z: np.ndarray) -> np.ndarray:
-    away = [row - model.means[:, column, None] for column, row in enumerate(z)]
-    total = np.zeros(away[0].shape)
+    away, diagonal = z - model.means[:, :, None], model.precision.diagonal(axis1=1, axis2=2)[:, :, None]
+    parts = away * diagonal
     for column in range(len(z)):
-        part = away[column] * model.precision[:, column, column, None]
         for row in range(column + 1, len(z)):
-            part += away[row] * model.precision[:, row, column, None]
-        total -= 0.5 * part * part - np.log(model.precision[:, column, column, None])
-    return np.exp(np.maximum(total - total.max(axis=0), FLOOR))
+            parts[:, column] += away[:, row] * model.precision[:, row, column, None]
+    total = np.add.reduce(0.5 * parts * parts - np.log(diagonal), axis=1)
+    return np.exp(np.maximum(total.min(axis=0) - total, FLOOR))
 
-# %% ../../nbs/learning/21_regimes.ipynb #5c66b2fc
-def _beyond(z: np.ndarray, cut: float) -> np.ndarray:
-    return 1 / (1 + np.exp(np.minimum((cut - z) * (1 / SOFTNESS), -FLOOR)))
-
+# %% ../../nbs/learning/21_regimes.ipynb #7d1a99eb
 def _by_rule(model: RegimeModel, z: np.ndarray) -> np.ndarray:
     quiet, loud, trend = model.cuts
-    low, high = _beyond(-z[0], -quiet), _beyond(z[0], loud)
-    up, down = _beyond(z[1], trend), _beyond(-z[1], trend)
+    short_of = np.array([[-quiet], [loud], [trend], [trend]]) - np.stack([-z[0], z[0], z[1], -z[1]])
+    low, high, up, down = 1 / (1 + np.exp(np.minimum(short_of * (1 / SOFTNESS), -FLOOR)))
     middle = (1 - low) * (1 - high)
     shares = np.stack([middle * up, middle * down, middle * (1 - up) * (1 - down), high, low])
     return np.maximum(shares, np.exp(FLOOR))
@@ -74,7 +70,7 @@ def likelihoods(
     z = (inputs.T - model.centre[:, None]) * (1 / model.scale[:, None])
     return _normal(model, z) if model.kind == "hmm" else _by_rule(model, z)
 
-# %% ../../nbs/learning/21_regimes.ipynb #eb144794
+# %% ../../nbs/learning/21_regimes.ipynb #8e9bf7b9
 RESCALED = (8, 64)  # factors after which the products are scaled back
 
 def _rooms(n: int) -> list[np.ndarray]:
@@ -86,24 +82,32 @@ def _table(room: np.ndarray, *shape: int) -> np.ndarray:
 def _filter_block(model: RegimeModel, likelihood: np.ndarray, rooms: list[np.ndarray]) -> np.ndarray:
     "Posteriors (5, rows) after every full run of likelihoods (5, n); the three rooms are reused from block to block."
     (here, there, room), width, n = rooms, 1, likelihood.shape[1]
-    alone = n == model.filter_length
-    steps = np.multiply(model.transition[:, :, None], likelihood[None], out=_table(here, STATES, STATES, n))
+    steps = np.multiply(model.transition[:, :, None], likelihood, out=_table(here, STATES, STATES, n))
     while width < model.filter_length:
-        old, new = (steps[..., ::2], steps[..., 1::2]) if alone else (steps[..., :-width], steps[..., width:])
-        n = old.shape[-1]
-        parts = np.multiply(old[:, :, None], new[None], out=_table(room, STATES, STATES, STATES, n))
-        steps = np.add(parts[:, 0], parts[:, 1], out=_table(there, STATES, STATES, n))
-        for k in range(2, STATES):
-            steps += parts[:, k]
+        n -= width
+        parts = np.multiply(steps[:, :, None, :-width], steps[:, :, width:], out=_table(room, STATES, STATES, STATES, n))
+        steps = np.add.reduce(parts, axis=1, out=_table(there, STATES, STATES, n))
         here, there, width = there, here, 2 * width
         if width in RESCALED:
             steps /= steps.max(axis=(0, 1))
-    posterior = model.stationary[0] * steps[0]
-    for k in range(1, STATES):
-        posterior += model.stationary[k] * steps[k]
-    return posterior / (posterior[0] + posterior[1] + posterior[2] + posterior[3] + posterior[4])
+    return _from_stationary(model, steps)
 
-# %% ../../nbs/learning/21_regimes.ipynb #d336d657
+def _from_stationary(model: RegimeModel, steps: np.ndarray) -> np.ndarray:
+    joint = np.add.reduce(model.stationary[:, None, None] * steps)
+    return joint / np.add.accumulate(joint)[-1]
+
+# %% ../../nbs/learning/21_regimes.ipynb #acbb7744
+def _filter_one(model: RegimeModel, likelihood: np.ndarray) -> np.ndarray:
+    "The posterior (5, 1) after one run of likelihoods (5, n)."
+    steps, width = model.transition[:, :, None] * likelihood, 1
+    while width < model.filter_length:
+        steps = np.add.reduce(steps[:, :, None, ::2] * steps[:, :, 1::2], axis=1)
+        width *= 2
+        if width in RESCALED:
+            steps /= steps.max(axis=(0, 1))
+    return _from_stationary(model, steps)
+
+# %% ../../nbs/learning/21_regimes.ipynb #e9e54c06
 BLOCK = 4096  # bars filtered at a time
 
 @dataclass(frozen=True, slots=True)
@@ -121,14 +125,19 @@ def filter_regimes(
 ) -> RegimeView:       # len - window + 1 rows; where a window spans a gap the row is meaningless (Features.usable is False)
     "Regime probabilities at each bar from the window that ends there. InputError for too few candles, another step or symbol."
     _check_candles(model, candles)
-    rows, span = len(candles) - model.window + 1, model.filter_length
-    likelihood = likelihoods(model, regime_inputs(candles))
-    posterior = np.empty((STATES, rows))
-    rooms = _rooms(min(rows, BLOCK) + span - 1)
-    for start in range(0, rows, BLOCK):
-        end = min(start + BLOCK, rows)
-        posterior[:, start:end] = _filter_block(model, likelihood[:, start:end + span - 1], rooms)
+    inputs = regime_inputs(candles)
+    alone = len(inputs) == model.filter_length
+    posterior = _filter_one(model, likelihoods(model, inputs)) if alone else _filter_series(model, inputs)
     return RegimeView(posterior.T, posterior.argmax(axis=0).astype(np.int8), posterior.max(axis=0))
+
+def _filter_series(model: RegimeModel, inputs: np.ndarray) -> np.ndarray:
+    more = model.filter_length - 1
+    posterior = np.empty((STATES, len(inputs) - more))
+    rooms = _rooms(min(len(inputs), BLOCK + more))
+    for start in range(0, len(inputs) - more, BLOCK):
+        block = inputs[start:start + BLOCK + more]
+        posterior[:, start:start + BLOCK] = _filter_block(model, likelihoods(model, block), rooms)
+    return posterior
 
 def _check_candles(model: RegimeModel, candles: Candles) -> None:
     if candles.symbol != model.symbol:
