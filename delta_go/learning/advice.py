@@ -17,7 +17,7 @@ from .regimes import RegimeView, latest_regime
 from .registry import LoadedModels, Manifest
 from ..market.candles import Candles
 
-# %% ../../nbs/learning/32_advice.ipynb #7826cab9
+# %% ../../nbs/learning/32_advice.ipynb #2553e443
 @dataclass(frozen=True, slots=True)
 class Advice:
     "The predictor's word on one signal."
@@ -29,11 +29,23 @@ class Advice:
 
 class Adviser(Protocol):
     "Whoever answers for the models. InputError: the question is wrong; RetryError: no answer this time."
-    def versions(self) -> dict[str, str]: ...
-    def regime(self, candles: Candles) -> RegimeView: ...
-    def probability(self, symbol: str, row: np.ndarray) -> Advice: ...
-    def close(self) -> None: ...
+    def versions(self) -> dict[str, str]:
+        "What names the models, as `versions_of` does."
+        ...
 
+    def regime(self, candles: Candles) -> RegimeView:
+        "One row: the regime at the last of these closed candles."
+        ...
+
+    def probability(self, symbol: str, row: np.ndarray) -> Advice:
+        "Whether a signal is worth taking; the row has PREDICTOR_FEATURES, NaN where missing."
+        ...
+
+    def close(self) -> None:
+        "Let go of whatever is held open."
+        ...
+
+# %% ../../nbs/learning/32_advice.ipynb #4c780fd6
 class Closing:
     "Closes at the end of a with statement."
     def close(self) -> None:

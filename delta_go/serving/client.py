@@ -170,7 +170,7 @@ def read_reply(
         raise InputError(f"refused with {status}: {problem_words(body)}")
     raise BadAnswer(f"expected status 200, got {status}")
 
-# %% ../../nbs/serving/69_client.ipynb #7ebd4d75
+# %% ../../nbs/serving/69_client.ipynb #ac910ddb
 def _left(until: float | None) -> float | None:
     "Seconds until a moment of the monotonic clock."
     if until is not None and (until := until - time.monotonic()) <= 0:
@@ -182,18 +182,22 @@ class _Stream(httpcore.NetworkStream):
         self._inner, self.close, self.get_extra_info = inner, inner.close, inner.get_extra_info  # type: ignore[method-assign]
 
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        "Some bytes, before the moment."
         return self._inner.read(max_bytes, _left(timeout))
 
     def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        "Send, before the moment."
         self._inner.write(buffer, _left(timeout))
 
     def start_tls(self, ssl_context: Any, server_hostname: str | None = None, timeout: float | None = None) -> httpcore.NetworkStream:
+        "The same, encrypted, before the moment."
         return _Stream(self._inner.start_tls(ssl_context, server_hostname, _left(timeout)))
 
-# %% ../../nbs/serving/69_client.ipynb #acdc675a
+# %% ../../nbs/serving/69_client.ipynb #ad5ec79c
 class _Network(httpcore.NetworkBackend):
     def connect_tcp(self, host: str, port: int, timeout: float | None = None, local_address: str | None = None,
                     socket_options: Iterable[Any] | None = None) -> httpcore.NetworkStream:
+        "A connection, before the moment."
         return _Stream(httpcore.SyncBackend().connect_tcp(host, port, _left(timeout), local_address, socket_options))
 
 class _Transport(httpx.HTTPTransport):
