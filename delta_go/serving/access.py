@@ -10,12 +10,13 @@ __all__ = ['CALLER', 'KEY', 'EMAIL', 'Port', 'Host', 'Folder', 'Auth', 'Keys', '
            'header', 'bearer', 'unauthenticated', 'caller_of_key', 'by_key', 'Claims', 'read_claims', 'token_fault',
            'by_token', 'authenticate']
 
-# %% ../../nbs/serving/62_access.ipynb #99b70e47
+# %% ../../nbs/serving/62_access.ipynb #1c03bb7b
 import base64
 import hashlib
 import os
 import re
 from collections.abc import Callable, Mapping
+from difflib import get_close_matches
 from hmac import compare_digest
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -157,16 +158,12 @@ def read_value(
     except msgspec.ValidationError:
         raise ValueError(repr(text) if len(text) <= SHOWN else f"a text of {len(text)} characters") from None
 
-# %% ../../nbs/serving/62_access.ipynb #554aca8b
+# %% ../../nbs/serving/62_access.ipynb #92474e85
 def misspelt(
     names: set[str],  # names found in the environment
 ) -> list[str]:
     "One line for each name that is nearly, but not quite, one of the variables."
     odd = sorted(name for name in names - VARIABLES.keys() if name.upper().startswith(("SERVICE", "HMM_", "TRADE_PRED")))
-    if not odd:
-        return []
-    from difflib import get_close_matches
-
     near = {name: get_close_matches(name.upper(), list(VARIABLES), 1, 0.85) for name in odd}
     return [f"{name}: no such setting; did you mean {match[0]}?" for name, match in near.items() if match]
 
