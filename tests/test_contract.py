@@ -17,7 +17,7 @@ from delta_go.learning.features import compute_features
 from delta_go.learning.predictor import BOUNDS, PREDICTOR_FEATURES, check_inputs
 from delta_go.market.candles import COLUMNS, Candles
 from delta_go.serving import contract
-from delta_go.serving.contract import MAX_JUMP, MAX_VOLUME, PRICES, Problem, RegimeRequest, candles_of, encode, inputs_of, parse_regimes, parse_trades, problem_body
+from delta_go.serving.contract import MAX_JUMP, MAX_VOLUME, PRICES, Problem, RegimeRequest, candles_of, encode, parse_regimes, parse_trades, problem_body
 
 STEP, WINDOW, START = 3600, 20, 1_735_689_600
 CANARY = "canary-5ecret"
@@ -50,8 +50,6 @@ def answer(body: bytes, parse: Any) -> Problem | None:
         for request in requests:
             if isinstance(request, RegimeRequest):
                 candles_of(request, STEP, WINDOW, NOW)
-            else:
-                inputs_of(request)
     except Problem as problem:
         check_problem(problem)
         return problem
@@ -81,7 +79,7 @@ def test_noise_is_refused_as_a_problem(form: str, body: bytes) -> None:
 
 @pytest.mark.parametrize("form", PARSERS)
 @given(data=st.data())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 def test_damaged_bodies_raise_nothing_but_problems(form: str, data: st.DataObject) -> None:
     body = bytearray(VALID[form])
     for _ in range(data.draw(st.integers(1, 4))):
@@ -93,14 +91,14 @@ def test_damaged_bodies_raise_nothing_but_problems(form: str, data: st.DataObjec
 
 @pytest.mark.parametrize("form", PARSERS)
 @given(document=values | st.dictionaries(names | st.text(max_size=5), values, max_size=6), wrapped=st.booleans())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 def test_any_json_raises_nothing_but_problems(form: str, document: Any, wrapped: bool) -> None:
     answer(json.dumps({"requests": [document]} if wrapped else document).encode(), PARSERS[form])
 
 
 @pytest.mark.parametrize("form", PARSERS)
 @given(field=names, value=values)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 def test_a_spoiled_field_is_the_field_that_is_named(form: str, field: str, value: Any) -> None:
     good = json.loads(VALID[form])
     problem = answer(json.dumps(good | {field: value}).encode(), PARSERS[form])
@@ -158,7 +156,7 @@ def trade_bodies(draw: Any) -> bytes:
 @given(body=trade_bodies())
 @example(b'{"symbol": "\\"\\"", "symbol": "A"}')
 @example(b'{"requests": [{"rsi": 1}, {"rsi": 2}], "requests": [{"rsi": 1, "rsi": 1}]}')
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=120, deadline=None)
 def test_duplicates_are_seen_as_a_slow_reader_sees_them(body: bytes) -> None:
     problem = answer(body, parse_trades)
     try:
@@ -179,7 +177,7 @@ number = st.floats(-1e7, 1e7) | st.sampled_from([0, 1, -1, 0.2, 23, 100, 0.5])
 
 
 @given(inputs=st.dictionaries(st.sampled_from(PREDICTOR_FEATURES), number | st.none(), max_size=25), regime=st.sampled_from([*REGIMES, None]))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_trade_requests_are_judged_as_the_predictor_judges_its_inputs(inputs: dict[str, float | None], regime: str | None) -> None:
     try:
         expected = check_inputs(inputs | {"regime": regime})
@@ -189,8 +187,9 @@ def test_trade_requests_are_judged_as_the_predictor_judges_its_inputs(inputs: di
     assert (problem is None) == (expected is not None)
     if expected is not None:
         (request,), _ = parse_trades(json.dumps(inputs).encode())
-        row, missing = inputs_of(request)
-        assert row.tobytes() == expected.tobytes() and missing == [name for name in PREDICTOR_FEATURES if inputs.get(name) is None]
+        for name, value in zip(PREDICTOR_FEATURES, expected.tolist()):
+            given = getattr(request, name)
+            assert given == value if type(given) is float else math.isnan(value) and (given is None if name in inputs else given is msgspec.UNSET)
 
 
 @pytest.mark.parametrize("field", BOUNDS)
@@ -203,7 +202,7 @@ def test_bounds_include_their_ends_and_nothing_beyond(field: str) -> None:
 
 
 @given(text=st.from_regex(r"[1-9][0-9]{0,25}\.[0-9]{1,40}(e-?[0-9]{1,2})?", fullmatch=True))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_numbers_are_read_to_the_bit(text: str) -> None:
     assert contract._REGIME.decode(f'{{"symbol":"A","open":[{text}],"high":[],"low":[],"close":[],"volume":[]}}').open == [float(text)]
 
@@ -233,7 +232,7 @@ time_spoils = st.sampled_from([0, 1, STEP, -STEP, 300, -START, -START - STEP, 10
 
 
 @given(changes=st.lists(spoils, max_size=3), shifts=st.lists(st.tuples(st.integers(0, 23), time_spoils), max_size=2), dated=st.booleans(), all_rows=st.sampled_from([0, 0, STEP, -STEP, 60, -START - 24 * STEP]))
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=250, deadline=None)
 def test_fast_and_slow_checks_agree_with_plain_python(changes: list[tuple[str, int, float]], shifts: list[tuple[int, int]], dated: bool, all_rows: int) -> None:
     request = regime_body()
     for name, row, value in changes:
@@ -303,7 +302,7 @@ leaves = st.none() | st.booleans() | st.integers(-2**60, 2**60) | st.floats() | 
 
 
 @given(data=st.recursive(leaves, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3), max_leaves=8))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 def test_what_is_encoded_can_be_read_back_or_is_withheld(data: Any) -> None:
     try:
         body = encode(data)

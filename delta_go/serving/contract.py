@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['CODES', 'PROBLEM_TYPES', 'MOST_ERRORS', 'MAX_BODY', 'MAX_BARS', 'MAX_BATCH', 'MAX_JUMP', 'PRICES', 'MAX_VOLUME',
-           'MAX_TIME', 'CLOCK_SLACK', 'FieldError', 'Problem', 'refusal', 'ProblemDocument', 'problem_body',
+           'MAX_TIME', 'CLOCK_SLACK', 'NAME', 'FieldError', 'Problem', 'refusal', 'ProblemDocument', 'problem_body',
            'check_media_type', 'RegimeRequest', 'TradeRequest', 'RegimeBatch', 'TradeBatch', 'parse_regimes',
-           'parse_trades', 'inputs_of', 'candles_of', 'Provenance', 'RegimeAnswer', 'TradeAnswer', 'encode']
+           'parse_trades', 'candles_of', 'Provenance', 'RegimeAnswer', 'TradeAnswer', 'encode']
 
 # %% ../../nbs/serving/60_contract.ipynb #0d68c6d4
 import difflib
@@ -26,9 +26,9 @@ from ..domain import REGIMES, DeltaGoError, Regime
 from ..learning.predictor import BOUNDS, PREDICTOR_FEATURES
 from ..market.candles import COLUMNS, FAULT_KINDS, Candles, find_faults, resolution_of
 
-# %% ../../nbs/serving/60_contract.ipynb #d3549c31
+# %% ../../nbs/serving/60_contract.ipynb #a1587902
 CODES: dict[str, int] = {  # code: HTTP status
-    "malformed_json": 400, "duplicate_key": 400, "not_an_object": 400,
+    "malformed_json": 400, "malformed_body": 400, "duplicate_key": 400, "not_an_object": 400,
     "unauthenticated": 401, "forbidden": 403, "not_found": 404, "method_not_allowed": 405, "timeout": 408,
     "too_large": 413, "unsupported_media_type": 415,
     "invalid_value": 422, "unknown_field": 422, "missing_field": 422, "wrong_type": 422,
@@ -256,11 +256,12 @@ def _placed(requests: Sequence[Any], many: bool) -> Iterator[tuple[Any, str]]:
     "Each request with the pointer that leads to it."
     return ((request, f"/requests/{place}" if many else "") for place, request in enumerate(requests))
 
-# %% ../../nbs/serving/60_contract.ipynb #88a27bf0
-_TEXT = re.compile(r"[A-Za-z0-9_.-]{1,32}")
+# %% ../../nbs/serving/60_contract.ipynb #e8016a00
+NAME = r"[A-Za-z0-9_.-]{1,32}"  # of a symbol or a resolution
+_NAME = re.compile(NAME)
 
 def _check_text(name: str, value: Any, where: str) -> None:
-    if type(value) is str and not _TEXT.fullmatch(value):
+    if type(value) is str and not _NAME.fullmatch(value):
         raise refusal("invalid_value", f"{where}/{name}", "expected 1 to 32 letters, digits, dots, dashes or underscores")
 
 def parse_regimes(
@@ -290,17 +291,6 @@ def parse_trades(
     for request, where in _placed(requests, many):
         _check_trade(request, where)
     return requests, many
-
-# %% ../../nbs/serving/60_contract.ipynb #0696b57e
-def inputs_of(
-    request: TradeRequest,
-) -> tuple[np.ndarray, list[str]]: # (P,) float64 in the order of PREDICTOR_FEATURES, NaN where missing; and the names of those
-    "One row for the predictor, and what was not given."
-    values = msgspec.structs.astuple(request)[-len(PREDICTOR_FEATURES):]
-    missing = [name for name, value in zip(PREDICTOR_FEATURES, values) if value is None or value is UNSET]
-    if missing:
-        values = tuple(math.nan if value is None or value is UNSET else value for value in values)
-    return np.array(values, np.float64), missing
 
 # %% ../../nbs/serving/60_contract.ipynb #2ecdbd2d
 def _block(request: RegimeRequest, where: str) -> np.ndarray:
