@@ -6,9 +6,9 @@
 __all__ = ['TRACEPARENT', 'CLOUD_TRACE', 'REQUEST_ID', 'STARS', 'SECRET_NAME', 'GAP', 'HINTS', 'PATTERNS', 'LONGEST', 'HEAD',
            'REDACTOR', 'DEEPEST', 'MOST_ITEMS', 'LONGEST_TEXT', 'FIELDS', 'USUAL', 'SEVERITIES', 'ROUTES', 'METHODS',
            'OUTCOMES', 'OTHER', 'LATENCIES', 'SHARES', 'Trace', 'trace_of', 'request_id_of', 'patterns', 'forms_of',
-           'Redactor', 'register_secret', 'redact', 'text_of', 'plain', 'log_fields', 'message_of', 'failure_of',
-           'simple', 'time_of', 'JsonFormatter', 'RedactFilter', 'QuietHandler', 'log_uncaught', 'configure_logging',
-           'known', 'Meters', 'Metrics']
+           'Redactor', 'register_secret', 'redact', 'text_of', 'opened', 'plain', 'log_fields', 'message_of',
+           'failure_of', 'simple', 'time_of', 'JsonFormatter', 'RedactFilter', 'QuietHandler', 'log_uncaught',
+           'configure_logging', 'known', 'Meters', 'Metrics']
 
 # %% ../../nbs/serving/63_telemetry.ipynb #4884b2c5
 import base64
@@ -160,7 +160,7 @@ def redact(
     "The text without secrets."
     return REDACTOR.redact(text)
 
-# %% ../../nbs/serving/63_telemetry.ipynb #4ebf9fac
+# %% ../../nbs/serving/63_telemetry.ipynb #8c3ba63a
 DEEPEST, MOST_ITEMS, LONGEST_TEXT = 4, 50, 8_192
 
 def text_of(
@@ -176,25 +176,33 @@ def text_of(
         text = text.encode("utf-8", "replace").decode()
     return text if len(text) <= LONGEST_TEXT else f"{text[:LONGEST_TEXT]} (cut here)"
 
-def plain(
-    value: object,   # anything
-    depth: int = 0,  # how deep we are
+def opened(
+    value: Any,  # a mapping or a sequence
+    depth: int,  # how deep we are
 ) -> Any:
-    "The value as JSON can hold it, without secrets."
-    if value is None or isinstance(value, bool) or type(value) is int and abs(value) < 2**53:
-        return value
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else str(float(value))
-    if isinstance(value, Mapping | list | tuple | set | frozenset) and depth >= DEEPEST:
+    "Its items made plain, as many as one wants to read."
+    if depth >= DEEPEST:
         return "(deeper)"
     if isinstance(value, Mapping):
         pairs = [(text_of(name), item) for name, item in list(value.items())[:MOST_ITEMS]]
         return {name: STARS if SECRET_NAME.search(name.lower()) else plain(item, depth + 1) for name, item in pairs}
-    if isinstance(value, list | tuple | set | frozenset):
-        items = list(value)[:MOST_ITEMS]
-        named = len(items) == 2 and isinstance(items[0], str) and SECRET_NAME.search(items[0].lower())
-        return [items[0], STARS] if named else [plain(item, depth + 1) for item in items]
-    return text_of(value)
+    items = list(value)[:MOST_ITEMS]
+    named = len(items) == 2 and isinstance(items[0], str) and SECRET_NAME.search(items[0].lower())
+    return [text_of(items[0]), STARS] if named else [plain(item, depth + 1) for item in items]
+
+def plain(
+    value: object,   # anything
+    depth: int = 0,  # how deep we are
+) -> Any:
+    "The value as JSON can hold it, without secrets; never raises."
+    try:
+        if value is None or isinstance(value, bool) or type(value) is int and abs(value) < 2**53:
+            return value
+        if isinstance(value, float):
+            return float(value) if math.isfinite(value) else str(float(value))
+        return opened(value, depth) if isinstance(value, Mapping | list | tuple | set | frozenset) else text_of(value)
+    except Exception as error:
+        return f"({type(value).__name__} that could not be read: {type(error).__name__})"
 
 # %% ../../nbs/serving/63_telemetry.ipynb #9540e681
 FIELDS: ContextVar[dict[str, object] | None] = ContextVar("delta_go_log_fields", default=None)
@@ -210,7 +218,7 @@ def log_fields(
     finally:
         FIELDS.reset(token)
 
-# %% ../../nbs/serving/63_telemetry.ipynb #42fa4aa0
+# %% ../../nbs/serving/63_telemetry.ipynb #e25861cb
 USUAL = frozenset((*vars(logging.makeLogRecord({})), "message", "asctime", "taskName"))
 SEVERITIES = {"DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"}
 
@@ -230,7 +238,8 @@ def failure_of(
     try:
         raised = record.exc_info
         text = "".join(traceback.format_exception(*raised)) if isinstance(raised, tuple) and raised[1] else record.exc_text or ""
-        text = redact(text) + redact(record.stack_info or "")
+        text += record.stack_info or ""
+        text = redact(text if len(text) <= LONGEST else text[-LONGEST:].partition("\n")[2])
     except Exception as error:
         text = f"(a traceback that could not be written: {type(error).__name__})"
     return text[-2 * LONGEST_TEXT:].encode("utf-8", "replace").decode()
