@@ -8,7 +8,8 @@ __all__ = ['WINDOW', 'FILTER', 'Join', 'FEATURES', 'CLIP', 'CLIPPED_STD', 'BLOCK
            'Features', 'true_range', 'relative_strength', 'band_position', 'root_mean_square', 'trend_statistic',
            'compute_features', 'regime_inputs']
 
-# %% ../../nbs/learning/20_features.ipynb #447e2ee5
+# %% ../../nbs/learning/20_features.ipynb #68e8642c
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -21,28 +22,28 @@ from ..market.candles import Candles, contiguous
 WINDOW = 200  # candles a decision may see
 FILTER = 128  # rows of regime inputs the regime filter runs over
 
-# %% ../../nbs/learning/20_features.ipynb #d114436f
+# %% ../../nbs/learning/20_features.ipynb #e045ee18
 Join = Callable[[np.ndarray, np.ndarray, int, int], np.ndarray]
 
 def fold(
-    x: np.ndarray,  # (..., N): one value for each element, oldest first, or several in leading axes
+    x: np.ndarray,  # (N, ...): one value for each element, oldest first, or several in more axes
     length: int,    # elements in a window, at least 1
     join: Join,     # (older, newer, elements in older, elements in newer) -> both together
-) -> np.ndarray:    # (..., N - length + 1), one for every full window
+) -> np.ndarray:    # (N - length + 1, ...), one for every full window
     "Join every `length` neighbours, in an order that does not depend on where the data starts."
-    rows = x.shape[-1] - length + 1
+    rows = len(x) - length + 1
     if rows < 1:
-        raise InputError(f"rolling window: expected at least {length} values, got {x.shape[-1]}")
+        raise InputError(f"rolling window: expected at least {length} values, got {len(x)}")
     total, covered, width = x, 0, 1
     while True:
         if length & width:
             first = length - covered - width
-            part = x[..., first:first + rows]
+            part = x[first:first + rows]
             total = join(part, total, width, covered) if covered else part
             covered += width
         if covered == length:
             return total
-        x = join(x[..., :-width], x[..., width:], width, width)
+        x = join(x[:-width], x[width:], width, width)
         width *= 2
 
 # %% ../../nbs/learning/20_features.ipynb #0c80daca
@@ -74,11 +75,11 @@ def rolling_min(
     "Smallest of every n neighbours."
     return fold(x, n, lambda old, new, *_: np.minimum(old, new))
 
-# %% ../../nbs/learning/20_features.ipynb #4a81f5dd
+# %% ../../nbs/learning/20_features.ipynb #190bd6b4
 def _join_moments(old: np.ndarray, new: np.ndarray, n_old: int, n_new: int) -> np.ndarray:
     "Sums and squared deviations of both parts together, written in place."
-    both = np.empty(new.shape)
-    total, squares = both
+    both, old, new = np.empty((2, len(new))), old.T, new.T
+    total, squares = both[0], both[1]
     np.subtract(old[0] if n_old == n_new else old[0] * (n_new / n_old), new[0], out=squares)
     squares *= squares
     squares *= n_old / (n_new * (n_old + n_new))
@@ -86,14 +87,14 @@ def _join_moments(old: np.ndarray, new: np.ndarray, n_old: int, n_new: int) -> n
         squares += old[1]
         squares += new[1]
     np.add(old[0], new[0], out=total)
-    return both
+    return both.T
 
 def rolling_moments(
     x: np.ndarray,                   # (N,)
     n: int,                          # window length
 ) -> tuple[np.ndarray, np.ndarray]:  # mean and standard deviation (of the population), each (N - n + 1,)
     "Mean and spread of every n neighbours, safe against cancellation."
-    total, squares = fold(np.stack([x, np.zeros(len(x))]), n, _join_moments)
+    total, squares = fold(np.array((x, np.zeros(len(x)))).T, n, _join_moments).T
     return total * (1 / n), np.sqrt(squares * (1 / n))
 
 def rolling_std(
@@ -118,14 +119,14 @@ def rolling_ema(
     total = fold(x, length, join)
     return total * ((1 - decay) / (1 - decay**length))
 
-# %% ../../nbs/learning/20_features.ipynb #c7461aeb
+# %% ../../nbs/learning/20_features.ipynb #00b4b3bd
 def rolling_run(
     sign: np.ndarray,  # (N,) of -1, 0 or 1
 ) -> np.ndarray:       # (N - 7,) int8, -8 to 8
     "Length of the run of equal signs that ends here, counted up to eight, with its sign."
-    sides = np.stack([sign > 0, sign < 0]).astype(np.int8)
-    up, down = fold(sides, 8, lambda old, new, _, n_new: new + old * (new == n_new))
-    return up - down
+    agrees = (sign[1:] == sign[:-1]).astype(np.int8)
+    length = 1 + fold(agrees, 7, lambda old, new, _, n_new: new + old * (new == n_new))
+    return length * sign[7:].astype(np.int8)
 
 # %% ../../nbs/learning/20_features.ipynb #0a78c2c6
 FEATURES: tuple[str, ...] = (
@@ -176,7 +177,7 @@ def band_position(
     mean, std = rolling_moments(close, n)
     return (close[n - 1:] - mean) / _nonzero(4 * std) + 0.5
 
-# %% ../../nbs/learning/20_features.ipynb #686a633b
+# %% ../../nbs/learning/20_features.ipynb #8e5efc07
 CLIP = 0.5         # of its own volatility: the most that a single return counts for in `trend`
 CLIPPED_STD = 0.43 # standard deviation of a standard normal number clipped there
 
@@ -194,9 +195,9 @@ def trend_statistic(
 ) -> np.ndarray:          # (N - n + 1,), about -8 to 8 for 48 returns
     "Sum of standardised, clipped returns, over what its standard deviation would be without a drift."
     votes = np.minimum(np.maximum(returns / np.maximum(scale, 1e-12), -CLIP), CLIP)
-    return rolling_sum(votes, n) * (1 / (CLIPPED_STD * np.sqrt(n)))
+    return rolling_sum(votes, n) * (1 / (CLIPPED_STD * math.sqrt(n)))
 
-# %% ../../nbs/learning/20_features.ipynb #c944fb07
+# %% ../../nbs/learning/20_features.ipynb #12c5d5cb
 def _price_columns(candles: Candles, rows: int, atr: np.ndarray) -> dict[str, np.ndarray]:
     close, atr = candles.close[-rows - 127:], _nonzero(atr)
     now = close[-rows:]
@@ -213,11 +214,11 @@ def _return_columns(candles: Candles, rows: int) -> dict[str, np.ndarray]:
     short, volatility = root_mean_square(returns, 16), root_mean_square(returns[-rows - 47:], 48)
     long = _nonzero(volatility)
     return {"returns": returns[-rows:], "volatility": volatility, "volatility_ratio": short[-rows:] / long,
-            "momentum_12": (price[-rows:] - price[-rows - 12:-12]) / (long * np.sqrt(12)),
-            "momentum_48": (price[-rows:] - price[-rows - 48:-48]) / (long * np.sqrt(48)),
+            "momentum_12": (price[-rows:] - price[-rows - 12:-12]) / (long * math.sqrt(12)),
+            "momentum_48": (price[-rows:] - price[-rows - 48:-48]) / (long * math.sqrt(48)),
             "trend": trend_statistic(returns[15:], short)}
 
-# %% ../../nbs/learning/20_features.ipynb #a5688881
+# %% ../../nbs/learning/20_features.ipynb #d193b6dc
 BLOCK = 24_576  # rows computed at a time
 
 def _write_columns(candles: Candles, rows: int, values: np.ndarray) -> None:
@@ -230,8 +231,8 @@ def _write_columns(candles: Candles, rows: int, values: np.ndarray) -> None:
         "volume_ratio": volume[19:] / _nonzero(rolling_mean(volume, 20)),
         "consecutive_candles": rolling_run(np.sign(candles.close[-rows - 7:] - candles.open[-rows - 7:])),
         **_return_columns(candles, rows), **_price_columns(candles, rows, atr)}
-    for name, row in zip(FEATURES, values):
-        row[:] = columns[name]
+    for row, name in enumerate(FEATURES):
+        values[row] = columns[name]
 
 def compute_features(
     candles: Candles,  # at least WINDOW closed candles
