@@ -97,7 +97,7 @@ def broken_request(
         return Problem(400, "malformed_http", f"expected an HTTP/1.1 request ({type(error).__name__})")
     return Problem(500, "internal", "the server failed on this request; its log says why")
 
-# %% ../../nbs/serving/68_server.ipynb #3e6d2eb2
+# %% ../../nbs/serving/68_server.ipynb #c1f9b6a7
 class BoundedWorker(ThreadWorker):
     "Gunicorn's worker of threads with a bounded queue, deadlines, refusals in our form, and a reload in place."
     waiting = 0  # connections with a request that is queued or being answered
@@ -107,17 +107,27 @@ class BoundedWorker(ThreadWorker):
         "The running `Service`."
         return self.wsgi.extensions["delta_go"]
 
-    def accept(self, listener: Any) -> None:
+    def accept(self, listener: Any) -> bool: # whether there was one
         "Take a connection; it waits in the poller until it says something."
         try:
             sock, address = listener.accept()
         except OSError:
-            return
+            return False
         self.nr_conns += 1
         conn = PatientConnection(self.cfg, sock, address, listener.getsockname())
         conn.timeout = time.monotonic() + self.cfg.keepalive
         self.pending_conns.append(conn)
         self.poller.register(sock, 1, partial(self.on_pending_socket_readable, conn))
+        return True
+
+    def set_accept_enabled(self, enabled: bool) -> None:
+        "Accept or not; a stopping worker takes what the system has accepted for it, and closes the door."
+        super().set_accept_enabled(enabled)
+        if not self.alive:
+            for listener in self.sockets:
+                while self.accept(listener):
+                    pass
+                listener.close()
 
     def enqueue_req(self, conn: TConn) -> None:
         "Queue a request, or refuse it when the queue is full."

@@ -7,7 +7,7 @@ __all__ = ['Answer', 'CHUNK', 'LOG', 'OPEN_HEADERS', 'Outcome', 'Asked', 'ModelS
            'refuse_http', 'refuse_unforeseen', 'live', 'ready', 'started', 'show_page', 'show_openapi', 'show_metrics',
            'make_app']
 
-# %% ../../nbs/serving/65_service.ipynb #525da05c
+# %% ../../nbs/serving/65_service.ipynb #efa94619
 import logging
 import secrets
 import threading
@@ -27,7 +27,7 @@ from .access import ServiceSettings, authenticate, check_exposure
 from .contract import MAX_BODY, Problem, check_media_type, encode, problem_body
 from .describe import ServiceInfo, openapi, page
 from .holder import Held, ModelHolder
-from .telemetry import Metrics, register_secret, request_id_of, trace_of
+from .telemetry import OTHER, REDACTOR, ROUTES, STARS, Metrics, known, register_secret, request_id_of, trace_of
 
 # %% ../../nbs/serving/65_service.ipynb #f0cfc0cb
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ def read_body(
                       headers={"Connection": "close"}) from None
     return body
 
-# %% ../../nbs/serving/65_service.ipynb #103426a8
+# %% ../../nbs/serving/65_service.ipynb #d1dacabc
 LOG = logging.getLogger("delta_go.serving")
 OPEN_HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
 
@@ -141,20 +141,21 @@ class Service:
         self.metrics.observe(request.path, request.method, response.status_code, seconds)
         level = logging.ERROR if response.status_code >= 500 else logging.WARNING if response.status_code >= 400 else logging.INFO
         if LOG.isEnabledFor(level):
-            LOG.log(level, "%s %s %s", request.method, request.path[:64], response.status_code, extra={
+            LOG.log(level, "%s %s %s", request.method, known(request.path, ROUTES), response.status_code, extra={
                 "request_id": g.request_id, "trace_id": g.trace.trace_id, "span_id": g.trace.span_id, "latency": round(seconds, 6),
                 "status": response.status_code, "code": g.code, "service": self.kind.name})
         return response
 
-# %% ../../nbs/serving/65_service.ipynb #8048ef84
+# %% ../../nbs/serving/65_service.ipynb #1901882b
 def refuse(
     problem: Problem,
 ) -> Response:
-    "A problem as a response."
+    "A problem as a response; should a caller have put a key where a name belongs, it is struck out."
     g.code = problem.code
     g.service.metrics.refuse(problem.code)
-    body = problem_body(problem, request.path, g.request_id, g.trace.trace_id)
-    return Response(body, problem.status, headers=problem.headers, mimetype="application/problem+json")
+    instance = known(request.path, ROUTES)
+    body = problem_body(problem, "" if instance == OTHER else instance, g.request_id, g.trace.trace_id).decode()
+    return Response(REDACTOR.pattern.sub(STARS, body), problem.status, headers=problem.headers, mimetype="application/problem+json")
 
 def refuse_http(
     error: HTTPException,  # Flask's own: no such path, no such method
