@@ -105,7 +105,7 @@ def load(
 
 DETECTOR = ModelService("hmm-detector", "/detect_regime", load, answer_regimes, describe)
 
-# %% ../../nbs/serving/66_detect_regime.ipynb #402c441d
+# %% ../../nbs/serving/66_detect_regime.ipynb #450b3929
 def create_app(
     settings: ServiceSettings | None = None,  # None reads the environment
 ) -> Flask:
@@ -120,4 +120,5 @@ def detect_regime(
     request: Request,
 ) -> Response:
     "The service as a Cloud Functions target."
-    return Response.from_app(_app().wsgi_app, request.environ)
+    answer: Any = Response.from_app(_app().wsgi_app, request.environ)
+    return answer

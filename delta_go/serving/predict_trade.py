@@ -47,7 +47,7 @@ def doubts(
         found.append(f"regime is {question.regime}, but the most likely by its probabilities is {REGIMES[int(shares.argmax())]}")
     return found
 
-# %% ../../nbs/serving/67_predict_trade.ipynb #06c283e6
+# %% ../../nbs/serving/67_predict_trade.ipynb #20073856
 def answer_trade(
     held: Held,
     question: TradeRequest,
@@ -57,7 +57,7 @@ def answer_trade(
     predictor, row = held.models[""], row_of(question)
     probability = float(predict_probability(predictor, row[None])[0])
     take, reason = should_trade(predictor, probability)
-    earned = float(expected_return(predictor, probability))
+    earned = float(expected_return(predictor, np.array(probability)))
     return TradeAnswer(
         symbol=question.symbol if isinstance(question.symbol, str) else None, regime=question.regime if isinstance(question.regime, str) else None,
         should_trade=take, confidence=probability, probability=probability, threshold=predictor.threshold,
@@ -107,7 +107,7 @@ def load(
 
 PREDICTOR = ModelService("trade-predictor", "/predict_trade", load, answer_trades, describe)
 
-# %% ../../nbs/serving/67_predict_trade.ipynb #466ca987
+# %% ../../nbs/serving/67_predict_trade.ipynb #40d4dbfe
 def create_app(
     settings: ServiceSettings | None = None,  # None reads the environment
 ) -> Flask:
@@ -122,4 +122,5 @@ def predict_trade(
     request: Request,
 ) -> Response:
     "The service as a Cloud Functions target."
-    return Response.from_app(_app().wsgi_app, request.environ)
+    answer: Any = Response.from_app(_app().wsgi_app, request.environ)
+    return answer

@@ -7,7 +7,8 @@ __all__ = ['FULL', 'GRACE', 'SERVICES', 'DeadlineSocket', 'PatientConnection', '
            'answer_raw', 'ReloadingArbiter', 'reload_in_background', 'PlainLogger', 'server_options', 'ModelServer',
            'serve', 'main']
 
-# %% ../../nbs/serving/68_server.ipynb #b52c1b14
+# %% ../../nbs/serving/68_server.ipynb #02b1c948
+import contextlib
 import json
 import logging
 import os
@@ -97,7 +98,7 @@ def broken_request(
         return Problem(400, "malformed_http", f"expected an HTTP/1.1 request ({type(error).__name__})")
     return Problem(500, "internal", "the server failed on this request; its log says why")
 
-# %% ../../nbs/serving/68_server.ipynb #c1f9b6a7
+# %% ../../nbs/serving/68_server.ipynb #4ee53e2c
 class BoundedWorker(ThreadWorker):
     "Gunicorn's worker of threads with a bounded queue, deadlines, refusals in our form, and a reload in place."
     waiting = 0  # connections with a request that is queued or being answered
@@ -161,16 +162,12 @@ def answer_raw(
     answer: bytes,
 ) -> None:
     "Send what fits at once, after taking what has come, so that closing does not discard the answer."
-    try:
+    with contextlib.suppress(OSError):
         sock.setblocking(False)
-        try:
+        with contextlib.suppress(BlockingIOError):
             sock.recv(1_100_000)
-        except BlockingIOError:
-            pass
         sock.send(answer)
         sock.shutdown(1)
-    except OSError:
-        pass
 
 # %% ../../nbs/serving/68_server.ipynb #ca04a798
 class ReloadingArbiter(Arbiter):

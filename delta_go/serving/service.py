@@ -7,7 +7,7 @@ __all__ = ['Answer', 'CHUNK', 'LOG', 'OPEN_HEADERS', 'Outcome', 'Asked', 'ModelS
            'refuse_http', 'refuse_unforeseen', 'live', 'ready', 'started', 'show_page', 'show_openapi', 'show_metrics',
            'make_app']
 
-# %% ../../nbs/serving/65_service.ipynb #efa94619
+# %% ../../nbs/serving/65_service.ipynb #7ca22879
 import logging
 import secrets
 import threading
@@ -22,7 +22,6 @@ from typing import Any
 from flask import Flask, Response, g, request
 from werkzeug.exceptions import ClientDisconnected, HTTPException
 
-from ..domain import InputError
 from .access import ServiceSettings, authenticate, check_exposure
 from .contract import MAX_BODY, Problem, check_media_type, encode, problem_body
 from .describe import ServiceInfo, openapi, page
@@ -78,7 +77,7 @@ def read_body(
                       headers={"Connection": "close"}) from None
     return body
 
-# %% ../../nbs/serving/65_service.ipynb #d1dacabc
+# %% ../../nbs/serving/65_service.ipynb #d942ac94
 LOG = logging.getLogger("delta_go.serving")
 OPEN_HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
 
@@ -115,9 +114,10 @@ class Service:
 
     def enter(self) -> None:
         "Before every request: give it a name, ask for its caller."
-        g.started, g.request_id, g.trace, g.code, g.service = time.perf_counter(), request_id_of(request.headers), trace_of(request.headers), "", self
+        headers: Any = request.headers
+        g.started, g.request_id, g.trace, g.code, g.service = time.perf_counter(), request_id_of(headers), trace_of(headers), "", self
         self.metrics.in_flight.inc()
-        g.caller = authenticate(self.settings, request.path, request.headers, self.clock())
+        g.caller = authenticate(self.settings, request.path, headers, self.clock())
 
     def question(self) -> Response:
         "A POST to be answered by the model."
