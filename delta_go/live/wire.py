@@ -213,10 +213,11 @@ def equity_text(
     "The marked equity."
     return text(equity_of(exchange, account)) or "0"
 
-# %% ../../nbs/live/74_wire.ipynb #f0a30dc1
+# %% ../../nbs/live/74_wire.ipynb #9d0bd592
 def private_messages(
     event: Event,
     number: int,                 # product id
+    contract_value: float,       # coins per contract
     count: dict[str, int],       # the last sequence number by channel and symbol, counted up here
     now: int,                    # microseconds UTC
 ) -> list[tuple[str, dict[str, Any]]]:  # channel, message
@@ -235,7 +236,7 @@ def private_messages(
     held: Position | None = event.thing
     return [("positions", {"type": "positions", "action": event.action, "reason": None, "symbol": event.symbol, "product_id": number, "size": held.side * held.size if held else 0,
                            "entry_price": text(held.entry) if held else None, "liquidation_price": text(held.liquidation) if held else None,
-                           "bankruptcy_price": text(held.bankruptcy) if held else None, "margin": text(held.entry * held.size / held.leverage) if held else "0",
+                           "bankruptcy_price": text(held.bankruptcy) if held else None, "margin": text(held.entry * held.size * contract_value / held.leverage) if held else "0",
                            "commission": "0", "seq_no": next_in("positions"), "timestamp": now})]
 
 def _long_trade(event: Event, number: int) -> dict[str, Any]:
