@@ -163,7 +163,7 @@ def openapi(
             "paths": paths, "security": [{"ApiKeyAuth": []}, {"BearerAuth": []}, {}],
             "components": {"schemas": _schemas(service), "responses": _responses(), "securitySchemes": {"ApiKeyAuth": key, "BearerAuth": bearer}}}
 
-# %% ../../nbs/serving/61_describe.ipynb #e0265268
+# %% ../../nbs/serving/61_describe.ipynb #eb36abb2
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c2530; --soft: #5b6876; --line: #d9dfe6; --paper: #f5f7f9; --card: #fff; --accent: #0b6b5d; --bad: #b3261e }
 @media (prefers-color-scheme: dark) { :root { --ink: #e3e8ee; --soft: #97a4b2; --line: #2d3742; --paper: #12171d; --card: #1a2129; --accent: #5fd0bd; --bad: #ff8a80 } }
@@ -175,10 +175,10 @@ a { color: var(--accent) } nav { display: flex; flex-wrap: wrap; gap: .25rem 1.2
 .name, dt, label, th, #status { color: var(--soft); font-size: .875rem }
 .verdict { border-left: 4px solid var(--accent); padding-left: .75rem; overflow-wrap: anywhere }
 section { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 1rem; margin-top: 1.25rem }
-dl { display: grid; grid-template-columns: minmax(7rem, auto) 1fr; gap: .25rem 1rem; margin: 0 } dd { margin: 0; min-width: 0; overflow-wrap: anywhere }
+dl { display: grid; grid-template-columns: minmax(7rem, auto) 1fr; gap: .25rem 1rem; margin: 0; align-items: baseline } dd { margin: 0; min-width: 0; overflow-wrap: anywhere }
 @media (max-width: 34rem) { dl { grid-template-columns: 1fr } dd { margin-bottom: .35rem } dd dl { padding-left: .75rem; border-left: 1px solid var(--line) } }
 details { border-top: 1px solid var(--line); padding: .5rem 0 } summary { cursor: pointer; font-weight: 600; overflow-wrap: anywhere } details[open] summary { margin-bottom: .5rem }
-.wide { overflow-x: auto } table { border-collapse: collapse; font-size: .875rem } th, td { padding: .1rem .75rem .1rem 0; text-align: right }
+.wide { overflow-x: auto } table { border-collapse: collapse; font-size: .875rem } th, td { padding: .1rem .75rem .1rem 0; text-align: right; white-space: nowrap } th:first-child, td:first-child { text-align: left }
 textarea, input, pre { width: 100%; border: 1px solid var(--line); border-radius: 6px; background: var(--paper); color: var(--ink); padding: .6rem; font: 13px/1.45 ui-monospace, monospace }
 textarea { height: 13rem; resize: vertical; white-space: pre; overflow: auto } pre { margin: 0; overflow: auto; max-height: 32rem } pre:empty { display: none }
 label { display: block; margin: .75rem 0 .25rem } .row { display: flex; flex-wrap: wrap; gap: .5rem; margin: .9rem 0 }
@@ -206,11 +206,9 @@ form.addEventListener("submit", async event => {
 });
 """
 
-# %% ../../nbs/serving/61_describe.ipynb #012d93b0
+# %% ../../nbs/serving/61_describe.ipynb #bad638a3
 def _scalar(name: str, value: Any) -> str:
     "One value of the card as HTML."
-    if name in ("start", "end") and type(value) is int:
-        return show_time(value) + " UTC"
     if name == "sha256":
         return f'<code title="{escape(str(value))}">{escape(str(value)[:12])}…</code>'
     return "–" if value is None else f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if type(value) is int else escape(str(value))
@@ -225,10 +223,29 @@ def _table(rows: list[Mapping[str, Any]]) -> str:
 def _words(name: Any) -> str:
     return str(name) if "." in str(name) else str(name).replace("_", " ")
 
-# %% ../../nbs/serving/61_describe.ipynb #6e46de11
+# %% ../../nbs/serving/61_describe.ipynb #5d33978c
+_BY_REGIME = ("forward_volatility", "mean_duration", "occupancy")  # metrics with a figure for each regime
+
+def _spanned(facts: Mapping[str, Any]) -> Mapping[str, Any]:
+    "Facts whose start and end, in seconds UTC, are one span."
+    if not (type(facts.get("start")) is int and type(facts.get("end")) is int):
+        return facts
+    rest = {name: value for name, value in facts.items() if name not in ("start", "end")}
+    return {"span": f"{show_time(facts['start'])} to {show_time(facts['end'])}", **rest}
+
+def _alike(parts: Mapping[str, Any]) -> bool:
+    "Whether these are rows of one table: the same plain facts about each."
+    rows = list(parts.values())
+    return bool(rows) and all(isinstance(row, Mapping) and row.keys() == rows[0].keys() and not any(isinstance(fact, Mapping) for fact in row.values()) for row in rows)
+
 def _shown(name: str, value: Any) -> str:
     "A value of the card as HTML, whatever it holds."
+    if name in _BY_REGIME and isinstance(value, list) and len(value) == len(REGIMES):
+        value = dict(zip(REGIMES, value))
     if isinstance(value, Mapping):
+        value = _spanned(value)
+        if _alike(value):
+            return _table([{"": key, **_spanned(part)} for key, part in value.items()])
         return "<dl>" + "".join(f"<dt>{escape(_words(key))}</dt><dd>{_shown(str(key), part)}</dd>" for key, part in value.items()) + "</dl>"
     if isinstance(value, list | tuple):
         if value and all(isinstance(part, Mapping) for part in value):
