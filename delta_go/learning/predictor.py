@@ -160,7 +160,7 @@ def _check_fields(predictor: Predictor) -> Predictor:
         raise InputError(f"predictor file: impossible values in {', '.join(wrong)}; retrain")
     return predictor
 
-# %% ../../nbs/learning/27_predictor.ipynb #671fac7d
+# %% ../../nbs/learning/27_predictor.ipynb #e4c7b8b9
 MIRROR: dict[str, tuple[str, float, float]] = {  # for a sell, name becomes: offset + sign * partner
     "probability_bull": ("probability_bear", 1, 0), "probability_bear": ("probability_bull", 1, 0),
     "rsi": ("rsi", -1, 100), "bb_position": ("bb_position", -1, 1), "range_position": ("range_position", -1, 1),
@@ -169,6 +169,7 @@ MIRROR: dict[str, tuple[str, float, float]] = {  # for a sell, name becomes: off
 
 _TABLE = [MIRROR.get(name, (name, 1, 0)) for name in PREDICTOR_FEATURES]
 _PARTNER = np.array([PREDICTOR_FEATURES.index(partner) for partner, *_ in _TABLE])
+_HOME = np.append(_PARTNER, len(_PARTNER))  # where the reason of each shown input belongs, the average last
 _SIGN, _OFFSET = (np.array([entry[place] for entry in _TABLE], np.float32) for place in (1, 2))
 _SIDE = PREDICTOR_FEATURES.index("side")
 
@@ -179,16 +180,16 @@ def orient(
     if np.ndim(inputs) != 2 or np.shape(inputs)[1] != len(PREDICTOR_FEATURES):
         raise InputError(f"inputs: expected a matrix with {len(PREDICTOR_FEATURES)} columns, got shape {np.shape(inputs)}")
     inputs = np.asarray(inputs, np.float32)
-    return np.where(inputs[:, _SIDE, None] < 0, _OFFSET + _SIGN * inputs[:, _PARTNER], inputs)
+    return np.where(inputs[:, _SIDE, None] < 0, _OFFSET + _SIGN * inputs.take(_PARTNER, axis=1), inputs)
 
-# %% ../../nbs/learning/27_predictor.ipynb #62648672
+# %% ../../nbs/learning/27_predictor.ipynb #4da0fe15
 def calibrate(
     margin: np.ndarray, # (rows,) the booster's answers
     slope: float,
     intercept: float,
 ) -> np.ndarray: # (rows,) float64, 0 to 1
     "The logistic curve of Platt's calibration."
-    return 1 / (1 + np.exp(-np.clip(slope * np.asarray(margin, float) + intercept, -500, 500)))
+    return 1 / (1 + np.exp(-np.minimum(np.maximum(slope * np.asarray(margin, float) + intercept, -500), 500)))
 
 def predict_probability(
     predictor: Predictor,
@@ -216,7 +217,7 @@ def expected_return(
     "What signals of this probability earn on average if winners and losers stay as large as they were."
     return probability * predictor.mean_win + (1 - probability) * predictor.mean_loss
 
-# %% ../../nbs/learning/27_predictor.ipynb #f9d9fa62
+# %% ../../nbs/learning/27_predictor.ipynb #1a0c8987
 def explain(
     predictor: Predictor,
     inputs: np.ndarray, # (rows, P) as from `predictor_inputs`
@@ -224,8 +225,7 @@ def explain(
     "What each input contributed to each margin; rows sum to it."
     seen = orient(inputs)
     parts = explain_margin(predictor.booster, seen)
-    home = np.append(_PARTNER, len(_PARTNER))
-    return np.where(seen[:, _SIDE, None] < 0, parts[:, home], parts)
+    return np.where(seen[:, _SIDE, None] < 0, parts[:, _HOME], parts)
 
 def contributions(
     predictor: Predictor,
