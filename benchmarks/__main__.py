@@ -1,5 +1,5 @@
 """Run every benchmark: `python -m benchmarks`."""
-from benchmarks import backtest, features, regimes
+from benchmarks import backtest, features, regimes, services
 
-for each in (features, regimes, backtest):
+for each in (features, regimes, backtest, services):
     each.main()
