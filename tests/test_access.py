@@ -194,6 +194,16 @@ def test_callers_say_how_they_are_known():
     assert authenticate(read_settings(environment("iam", cloud=True)), "/health/ready", {}, NOW) == Caller("anyone", "open")
 
 
+@pytest.mark.parametrize(("mode", "sent", "challenge"), [
+    ("api_key", "nothing", 'Bearer realm="delta_go"'), ("api_key", "unknown key", 'Bearer realm="delta_go", error="invalid_token"'),
+    ("iam", "nothing", 'Bearer realm="delta_go"'), ("iam", "another service's token", 'Bearer realm="delta_go", error="invalid_token"'),
+])
+def test_a_challenge_says_whether_a_credential_was_there(mode, sent, challenge):
+    with pytest.raises(Problem) as caught:
+        authenticate(read_settings(environment(mode, cloud=True)), "/", SENT[sent], NOW)
+    assert caught.value.headers == {"WWW-Authenticate": challenge}
+
+
 def test_without_a_list_everyone_the_platform_lets_through_may_ask():
     settings = read_settings(environment("iam", cloud=True, SERVICE_IAM_CALLERS=""))
     assert ask(settings, "/", SENT["stranger's token"]) == "eve@example.com"

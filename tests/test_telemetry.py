@@ -310,6 +310,30 @@ def test_a_long_exception_keeps_its_end_and_no_half_secret():
         assert text.endswith(f"{STARS} the end\n") and len(text) <= 16_384 and "abcdefghij" not in text
 
 
+def test_secrets_that_shrink_leave_no_half_of_one_at_the_front():
+    for offset in range(len(SECRETS[0])):
+        text = line_of(record_of("x", failure=ValueError("\n" + "y" * offset + SECRETS[0] * 2_500)))["exception"]
+        assert 0 < len(text) < 16_384 and "abcdefghij" not in text
+        text = line_of(record_of("x", failure=ValueError("\n" + "y" * offset + SECRETS[0] * 1_700 + "\n" + SECRETS[0] * 700)))["exception"]
+        assert 0 < len(text) < 16_384 and "abcdefghij" not in text
+
+
+@pytest.mark.parametrize("secret", SECRETS)
+@pytest.mark.parametrize("write", [repr, json.dumps, lambda s: repr([s]), lambda s: json.dumps({"x": s})])
+def test_a_line_holds_no_spelling_of_a_secret(secret, write):
+    line = line_of(record_of("got %s", write(secret), field=write(secret)))
+    assert leaks(line["message"]) == leaks(line["field"]) == []
+
+
+def test_what_a_filter_left_of_an_exception_is_told():
+    record = record_of("failed", failure=nested())
+    RedactFilter().filter(record)
+    assert "ExceptionGroup" in line_of(record)["exception"]
+    record = record_of("here")
+    record.stack_info = f"Stack:\n  {SECRETS[0]}"
+    assert line_of(record)["exception"] == f"Stack:\n  {STARS}"
+
+
 @pytest.mark.parametrize("raised", [True, 1, "x", (None, None, None), (1, 2, 3), (ValueError, ValueError("x"), "trace"), (ValueError,)])
 def test_a_wrong_exc_info_stops_no_line(raised):
     record = record_of("told")

@@ -218,7 +218,7 @@ def log_fields(
     finally:
         FIELDS.reset(token)
 
-# %% ../../nbs/serving/63_telemetry.ipynb #e25861cb
+# %% ../../nbs/serving/63_telemetry.ipynb #43cf6155
 USUAL = frozenset((*vars(logging.makeLogRecord({})), "message", "asctime", "taskName"))
 SEVERITIES = {"DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"}
 
@@ -239,7 +239,7 @@ def failure_of(
         raised = record.exc_info
         text = "".join(traceback.format_exception(*raised)) if isinstance(raised, tuple) and raised[1] else record.exc_text or ""
         text += record.stack_info or ""
-        text = redact(text if len(text) <= LONGEST else text[-LONGEST:].partition("\n")[2])
+        text = redact(text if len(text) <= LONGEST else text[-LONGEST:].partition("\n")[2] or text)
     except Exception as error:
         text = f"(a traceback that could not be written: {type(error).__name__})"
     return text[-2 * LONGEST_TEXT:].encode("utf-8", "replace").decode()
