@@ -197,9 +197,9 @@ def test_no_neighbourhood_saves_a_secret(text):
 @pytest.mark.parametrize("text", ["eyJ" * 30_000, "eyJaaaaaa." * 10_000, "-eyJ" * 20_000, "authorization" * 6_000, "token " * 12_000, "api_key" * 10_000, "token-" * 12_000,
                                   "://" * 25_000, "://a:" * 15_000, "bearer " * 10_000, "secret" + " " * 70_000, "token" + "\\" * 70_000, "cookie:" * 10_000, SECRETS[0][:HEAD] * 6_000])
 def test_no_text_takes_long(text):
-    start = time.perf_counter()
+    start = time.process_time()
     redact(text)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 # ---- plain values and lines
