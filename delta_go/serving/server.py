@@ -227,7 +227,7 @@ class ModelServer(BaseApplication):
         "Serve until told to stop."
         ReloadingArbiter(self).run()
 
-# %% ../../nbs/serving/68_server.ipynb #d73756e0
+# %% ../../nbs/serving/68_server.ipynb #0544cd58
 SERVICES = {"hmm-detector": "detect_regime", "trade-predictor": "predict_trade"}
 
 def serve(
@@ -240,7 +240,7 @@ def serve(
         raise InputError(f"service: expected one of {', '.join(SERVICES)}, got {name!r}")
     settings = read_settings(os.environ if environ is None else environ)
     check_exposure(settings)
-    configure_logging(settings.log_level)
+    configure_logging(settings.log_level, settings.google_cloud_project)
     room = import_module(f"delta_go.serving.{SERVICES[name]}")
     logging.getLogger("delta_go.serving").warning("%s listens on http://%s:%s, auth %s", name, settings.host, settings.port, settings.auth)
     ModelServer(settings, room.create_app).run()
