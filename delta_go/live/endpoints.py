@@ -9,13 +9,13 @@ __all__ = ['Work', 'ROUTES', 'note_positions', 'create_order', 'edit_order', 'ca
            'user_facts', 'heartbeat', 'expire_heartbeats', 'products', 'tickers', 'order_book', 'trades', 'candles',
            'settings', 'nothing', 'answer']
 
-# %% ../../nbs/live/79_endpoints.ipynb #bedba2fd
+# %% ../../nbs/live/79_endpoints.ipynb #1560d786
 import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, unquote
 
 from .door import Call, Desk, Reply, Request, bad, check_signature, choice, flag, page_of, price_of, product_ids, spend, symbol_of, ticket_of, whole
 from .matching import cancel, edit, edit_bracket, place, place_bracket, play
@@ -342,7 +342,7 @@ ROUTES: list[tuple[str, str, int, bool, Work]] = [
     ("GET", "/v2/rate_limits/quota", 3, True, nothing),
 ]
 
-# %% ../../nbs/live/79_endpoints.ipynb #06f1fe67
+# %% ../../nbs/live/79_endpoints.ipynb #474c434c
 def _refused(error: Refusal) -> Reply:
     if error.code == "unauthorized":
         return Reply(401, {"error": "unauthorized", "success": False})
@@ -358,7 +358,7 @@ def _body(request: Request) -> dict[str, Any]:
     return given
 
 def _route(request: Request) -> tuple[int, bool, Work, dict[str, str]] | Reply:
-    found = [(method, weight, private, work, match.groupdict()) for method, path, weight, private, work in ROUTES if (match := re.fullmatch(path, request.path))]
+    found = [(method, weight, private, work, match.groupdict()) for method, path, weight, private, work in ROUTES if (match := re.fullmatch(path, unquote(request.path)))]
     if not found:
         return Reply(404, "Not Found")
     for method, weight, private, work, parts in found:
