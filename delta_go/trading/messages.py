@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['OrderType', 'OrderState', 'StopKind', 'Outcome', 'T', 'Next', 'OrderRequest', 'Order', 'Fill', 'Position', 'Balance',
-           'NotSent', 'Accepted', 'Rejected', 'Unknown', 'Answer', 'CouldNotAsk', 'Unreadable', 'exact', 'moment',
-           'one_of', 'reading', 'read_order', 'read_fill', 'read_position', 'read_balance', 'same_code', 'what_next',
-           'payload_in', 'refusal_in', 'judge']
+           'NotSent', 'Accepted', 'Rejected', 'Unknown', 'Answer', 'CouldNotAsk', 'Unreadable', 'exact', 'price_of',
+           'moment', 'one_of', 'reading', 'read_order', 'read_fill', 'read_position', 'read_balance', 'same_code',
+           'what_next', 'payload_in', 'refusal_in', 'judge']
 
 # %% ../../nbs/trading/46_messages.ipynb #071ad12b
 import json
@@ -164,7 +164,7 @@ class CouldNotAsk:
     reason: str
     wait: float = 0.0
 
-# %% ../../nbs/trading/46_messages.ipynb #47a6a5bd
+# %% ../../nbs/trading/46_messages.ipynb #119d8229
 class Unreadable(RetryError):
     "An answer that contradicts itself or lacks what it should have."
 
@@ -175,6 +175,15 @@ def exact(
     number = None if value in (None, "") else Decimal(str(value))
     if number is not None and not number.is_finite():
         raise ValueError("not a number")
+    return number
+
+def price_of(
+    value: Any,  # as JSON has it
+) -> Decimal:
+    "A number above zero."
+    number = exact(value)
+    if number is None or number <= 0:
+        raise ValueError("not a price")
     return number
 
 def moment(
@@ -228,13 +237,13 @@ def read_order(
     "An order; Unreadable if the row contradicts itself."
     return reading("an order", lambda: _order(row))
 
-# %% ../../nbs/trading/46_messages.ipynb #b0d54e3e
+# %% ../../nbs/trading/46_messages.ipynb #4da562e6
 def read_fill(
     row: Mapping[str, Any],  # of the fills answer
 ) -> Fill:
     "One execution; Unreadable if the row contradicts itself."
     return reading("a fill", lambda: Fill(
-        str(row["id"]), str(row["order_id"]), row.get("client_order_id") or None, _symbol(row), one_of(row["side"], "buy", "sell"), int(row["size"]), Decimal(str(row["price"])),
+        str(row["id"]), str(row["order_id"]), row.get("client_order_id") or None, _symbol(row), one_of(row["side"], "buy", "sell"), int(row["size"]), price_of(row["price"]),
         exact(row.get("commission")), moment(row["created_at"]), one_of(row.get("role") or "taker", "taker", "maker"), str(row.get("fill_type") or "normal")))
 
 def read_position(

@@ -6,7 +6,7 @@
 __all__ = ['House', 'Event', 'Verdict', 'Gap', 'Live', 'CandleClosed', 'PriceSeen', 'BookSeen', 'OrderSeen', 'FillSeen',
            'PositionSeen', 'StatusSeen', 'Numbering', 'Book', 'Bars', 'Books', 'Feed']
 
-# %% ../../nbs/trading/47_news.ipynb #0c586bc9
+# %% ../../nbs/trading/47_news.ipynb #373cab44
 import heapq
 import math
 import zlib
@@ -16,7 +16,7 @@ from decimal import Decimal
 from typing import Any, Literal
 
 from ..market.candles import step_of
-from .messages import Fill, Order, Position, Unreadable, exact, moment, one_of, read_order, read_position, reading
+from .messages import Fill, Order, Position, Unreadable, exact, moment, one_of, price_of, read_order, read_position, reading
 
 # %% ../../nbs/trading/47_news.ipynb #25e85b54
 House = Literal["public", "private"]
@@ -89,7 +89,7 @@ class StatusSeen:
 
 Event = Gap | Live | CandleClosed | PriceSeen | BookSeen | OrderSeen | FillSeen | PositionSeen | StatusSeen
 
-# %% ../../nbs/trading/47_news.ipynb #c7021662
+# %% ../../nbs/trading/47_news.ipynb #b118ff2f
 Verdict = Literal["first", "next", "late", "duplicate", "jump", "reset"]
 
 class Numbering:
@@ -102,16 +102,15 @@ class Numbering:
         "What a message's number says about the story."
         last, newest = self.last, self._newest
         self._newest = max(newest, time_us)
-        if number in self._missing:
-            self._missing.discard(number)
-            return "late"
         if last and number <= last and time_us <= newest:
-            return "duplicate"
+            late = number in self._missing
+            self._missing.discard(number)
+            return "late" if late else "duplicate"
         self.last = number
-        if not last or number == last + 1:
-            return "next" if last else "first"
-        self._missing = set(range(max(last + 1, number - 1000), number)) if number > last else set()
-        return "jump" if number > last else "reset"
+        if last and number == last + 1:
+            return "next"
+        self._missing = set(range(max(last + 1 if number > last else 1, number - 1000), number))
+        return "first" if not last else "jump" if number > last else "reset"
 
 # %% ../../nbs/trading/47_news.ipynb #204ff87e
 class Book:
@@ -172,7 +171,7 @@ class Bars:
         "Something was missed: no forming bar can be trusted."
         self._forming.clear()
 
-# %% ../../nbs/trading/47_news.ipynb #0488d04b
+# %% ../../nbs/trading/47_news.ipynb #bbb44992
 def _candle(message: Mapping[str, Any]) -> CandleClosed:
     resolution = str(message.get("res") or message.get("resolution") or str(message["type"]).removeprefix("candlestick_"))
     step = step_of(resolution)
@@ -187,18 +186,18 @@ def _candle(message: Mapping[str, Any]) -> CandleClosed:
 def _prices(message: Mapping[str, Any]) -> list[Event]:
     at = int(message["ts"])
     if message["type"] == "mark_price":
-        return [PriceSeen(str(message["sy"]).removeprefix("MARK:"), Decimal(str(message["p"])), at)]
-    rows = [(row, exact(row["m"]), row.get("q") or [None] * 4) for row in message["d"]]
-    return [PriceSeen(str(row["s"]), mark, at, exact(row["ohlc"][3]), exact(quote[2]), exact(quote[0])) for row, mark, quote in rows if mark is not None]
+        return [PriceSeen(str(message["sy"]).removeprefix("MARK:"), price_of(message["p"]), at)]
+    rows = [(row, row.get("q") or [None] * 4) for row in message["d"]]
+    return [PriceSeen(str(row["s"]), price_of(row["m"]), at, exact(row["ohlc"][3]), exact(quote[2]), exact(quote[0])) for row, quote in rows]
 
 def _status(message: Mapping[str, Any]) -> list[Event]:
     if message["type"] == "system_status":
         return [StatusSeen(None, str(message["status"]))] if message.get("status") else []
     return [StatusSeen(str(message["product"]["symbol"]), str(message["product"]["trading_status"]))]
 
-# %% ../../nbs/trading/47_news.ipynb #b2989cfd
+# %% ../../nbs/trading/47_news.ipynb #241f5f9b
 def _fill(message: Mapping[str, Any]) -> Fill:
-    return Fill(str(message["f"]), str(message["o"]), message.get("c") or None, str(message["sy"]), one_of(message["S"], "buy", "sell"), int(message["s"]), Decimal(str(message["p"])),
+    return Fill(str(message["f"]), str(message["o"]), message.get("c") or None, str(message["sy"]), one_of(message["S"], "buy", "sell"), int(message["s"]), price_of(message["p"]),
                 None, moment(message["t"]), one_of(message.get("r") or "taker", "taker", "maker"), str(message.get("R") or "normal"))
 
 def _orders(message: Mapping[str, Any]) -> list[Event]:
