@@ -155,9 +155,10 @@ class TradeBatch(Struct, forbid_unknown_fields=True):
 _REGIME, _REGIMES = msgspec.json.Decoder(RegimeRequest), msgspec.json.Decoder(RegimeBatch)
 _TRADE, _TRADES = msgspec.json.Decoder(TradeRequest), msgspec.json.Decoder(TradeBatch)
 
-# %% ../../nbs/serving/60_contract.ipynb #4139088b
+# %% ../../nbs/serving/60_contract.ipynb #c0043b24
 _PATH = re.compile(r"(.*?)(?: - at `\$([\w.\[\]]*)`)?", re.DOTALL)
 _UNKNOWN = re.compile(r"Object contains unknown field `(.*)`", re.DOTALL)
+_TICK = re.compile(rb"`|\\u0060")  # a name with one could pass for the end of the decoder's sentence
 _MISSING = re.compile(r"Object missing required field `(\w+)`")
 _TYPES = re.compile(r"Expected `([^`]*)`, got `([^`]*)`")
 _WORDS = {"float": "a number", "int": "a whole number", "str": "text", "array": "an array", "object": "an object", "bool": "a boolean"}
@@ -180,7 +181,7 @@ def _unknown_field(name: str, place: str, known: Sequence[str]) -> Problem:
     near = difflib.get_close_matches(name, known, 1)
     return refusal("unknown_field", f"{place}/{name}", f"not a field of this request; {f'did you mean {near[0]}?' if near else fields}")
 
-# %% ../../nbs/serving/60_contract.ipynb #ccd15cb8
+# %% ../../nbs/serving/60_contract.ipynb #86678d8c
 def _expected(field: str) -> str:
     "What a field of the right type may hold."
     if field in BOUNDS:
@@ -188,12 +189,12 @@ def _expected(field: str) -> str:
         return f"expected {low:g} to {high:g} ({meaning})"
     return {"regime": f"expected one of {', '.join(REGIMES)}", "requests": f"expected 1 to {MAX_BATCH} requests"}.get(field, "expected a number of ordinary size")
 
-def _translate(error: msgspec.ValidationError, known: Sequence[str]) -> Problem:
+def _translate(error: msgspec.ValidationError, known: Sequence[str], body: bytes) -> Problem:
     "What the decoder found, as a problem of one field."
     message, path = _PATH.fullmatch(str(error)).groups(default="")  # type: ignore[union-attr]
     place = _pointer(path)
     if unknown := _UNKNOWN.fullmatch(message):
-        return _unknown_field(unknown[1], place, known)
+        return _unknown_field("", "", known) if _TICK.search(body) else _unknown_field(unknown[1], place, known)
     if missing := _MISSING.fullmatch(message):
         return refusal("missing_field", f"{place}/{missing[1]}", "expected this field, it is not there")
     if types := _TYPES.fullmatch(message):
@@ -221,18 +222,18 @@ def _refuse_duplicates(body: bytes, many: bool) -> None:
     for place, item in enumerate(pairs[0][1] if many else ()):
         _refuse_twice(item, f"/requests/{place}")
 
-# %% ../../nbs/serving/60_contract.ipynb #b4f3e203
+# %% ../../nbs/serving/60_contract.ipynb #e0812ae0
 def _read(body: bytes, single: Any, batch: Any, known: Sequence[str]) -> tuple[list[Any], bool]:
     "The requests in a body, by the decoders of its two forms."
     try:
         return [single.decode(body)], False
     except msgspec.ValidationError as error:
         if str(error) != "Object contains unknown field `requests`":
-            raise _translate(error, known) from None
+            raise _translate(error, known, body) from None
     try:
         return batch.decode(body).requests, True
     except msgspec.ValidationError as error:
-        raise _translate(error, known if "$.requests[" in str(error) else ("requests",)) from None
+        raise _translate(error, known if "$.requests[" in str(error) else ("requests",), body) from None
 
 def _where(error: Exception) -> str:
     "At which byte the reading stopped, if the decoder says so."
