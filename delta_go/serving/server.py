@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FULL', 'GRACE', 'SERVICES', 'DeadlineSocket', 'PatientConnection', 'raw_problem', 'broken_request', 'BoundedWorker',
-           'answer_raw', 'ReloadingArbiter', 'reload_in_background', 'PlainLogger', 'server_options', 'ModelServer',
-           'serve', 'main']
+           'answer_raw', 'ends_connections', 'ReloadingArbiter', 'reload_in_background', 'PlainLogger',
+           'server_options', 'ModelServer', 'serve', 'main']
 
 # %% ../../nbs/serving/68_server.ipynb #02b1c948
 import contextlib
@@ -169,6 +169,19 @@ def answer_raw(
         sock.send(answer)
         sock.shutdown(1)
 
+# %% ../../nbs/serving/68_server.ipynb #42fc18cb
+def ends_connections(
+    app: Callable[..., Any],  # a WSGI app
+) -> Callable[..., Any]:
+    "The app, whose `Connection: close` gunicorn believes."
+    def answered(environ: dict[str, Any], start_response: Any) -> Any:
+        def start(status: str, headers: list[tuple[str, str]], *failure: Any) -> Any:
+            if ("Connection", "close") in headers:
+                start_response.__self__.force_close()  # gunicorn's response
+            return start_response(status, headers, *failure)
+        return app(environ, start)
+    return answered
+
 # %% ../../nbs/serving/68_server.ipynb #ca04a798
 class ReloadingArbiter(Arbiter):
     "Gunicorn's master; a hang-up reloads models instead of processes."
@@ -190,7 +203,7 @@ class PlainLogger(glogging.Logger):
         self.error_log.propagate = True
         self.error_log.setLevel(logging.WARNING)
 
-# %% ../../nbs/serving/68_server.ipynb #4d6b4931
+# %% ../../nbs/serving/68_server.ipynb #96b50fc3
 GRACE = 8  # seconds to finish what has begun
 
 def server_options(
@@ -221,7 +234,9 @@ class ModelServer(BaseApplication):
 
     def load(self) -> Any:
         "The app, in the worker."
-        return self.create_app(self.settings)
+        app = self.create_app(self.settings)
+        app.wsgi_app = ends_connections(app.wsgi_app)
+        return app
 
     def run(self) -> None:
         "Serve until told to stop."
