@@ -650,7 +650,7 @@ def test_a_stop_on_the_tick_never_widens_the_loss(price, tick, side):
 JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6), lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from([*ROW, "error", "code"]), inner, max_size=4), max_leaves=6)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(JSON, st.sampled_from(list(ROW)))
 def test_no_row_breaks_the_reader(value, name):
     with contextlib.suppress(Unreadable):
@@ -658,7 +658,7 @@ def test_no_row_breaks_the_reader(value, name):
         assert 0 <= order.filled_size <= order.size and order.state in ("open", "pending", "closed", "cancelled")
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.sampled_from([200, 400, 401, 500]), JSON | st.builds(lambda result, flag: {"success": flag, "result": result, "error": result}, JSON, JSON))
 def test_no_reply_is_accepted_by_accident(status, payload):
     outcome = judge(status, json.dumps(payload), 1, read_order)

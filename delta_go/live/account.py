@@ -28,7 +28,7 @@ from ..trading.messages import judge, payload_in, read_balance, read_fill, read_
 
 T = TypeVar("T")
 
-# %% ../../nbs/live/71_account.ipynb #fe8c079d
+# %% ../../nbs/live/71_account.ipynb #1cf5564f
 class ExchangeClock:
     "The exchange's time, from samples against a monotonic clock."
     def __init__(self, monotonic: Callable[[], float], samples: int = 5, jitter: float = 1.0, age: float = 900.0):
@@ -51,7 +51,7 @@ class ExchangeClock:
     def trouble(self) -> str | None:
         "Why no change may be signed now, None if one may."
         fresh = [offset for at, offset in self._offsets if self._monotonic() - at <= self._age]
-        if len(fresh) < 3:
+        if len(fresh) < min(3, self._offsets.maxlen or 3):
             return "the exchange's time is not known well enough; synchronise first"
         spread = max(fresh) - min(fresh)
         return f"samples of the exchange's time disagree by {spread:.1f} s" if spread > self._jitter else None
@@ -125,7 +125,7 @@ def _exchange_once(client: httpx.Client, request: httpx.Request, signed_at: int,
         words = f"{client.base_url.host} ({type(error).__name__})"
         return Unknown(f"no whole reply from {words}", signed_at) if left else NotSent(f"could not reach {words}")
 
-# %% ../../nbs/live/71_account.ipynb #91e455da
+# %% ../../nbs/live/71_account.ipynb #dbbc5ee3
 class Account:
     "One account at one environment."
     def __init__(
@@ -134,11 +134,12 @@ class Account:
         credentials: Credentials,
         listings: Mapping[str, Listing],   # of this environment, one to ten
         monotonic: Callable[[], float],    # seconds that only go forward
-        budget: Budget | None = None,
+        budget: Budget | None = None,      # of 10,000 units by default
+        clock: ExchangeClock | None = None,
     ):
         if not 0 < len(listings) <= 10:
             raise InputError(f"products: expected one to ten, got {len(listings)}; choose other symbols")
-        self.clock, self.budget, self.listings = ExchangeClock(monotonic), budget or Budget(), dict(listings)
+        self.clock, self.budget, self.listings = clock or ExchangeClock(monotonic), budget or Budget(), dict(listings)
         self.client, self._credentials, self.monotonic = open_client(base_url), credentials, monotonic
         self.client.timeout = httpx.Timeout(6.0, connect=3.0)
 

@@ -187,7 +187,9 @@ class Listening:
             raise InputError(f"stream: expected a key for the private house and for no other, got {'one' if self.credentials else 'none'} for {self.house}")
         step_of(self.resolution)
 
-# %% ../../nbs/live/72_stream.ipynb #ae2a00d1
+# %% ../../nbs/live/72_stream.ipynb #4440b54c
+CROWDED, PATIENCE = 10_000, 5.0  # waiting events, and seconds between two requests for a fresh picture
+
 def say(
     what: Doing,
     to: Listening,
@@ -227,16 +229,13 @@ def refused_in(
     entries = message.get("channels") if message.get("type") == "subscriptions" else None
     return [f"{entry.get('name')}: {entry['error']}" for entry in entries or [] if isinstance(entry, dict) and entry.get("error")]
 
-# %% ../../nbs/live/72_stream.ipynb #94e64bc3
-CROWDED, PATIENCE = 10_000, 5.0  # waiting events, and seconds between two requests for a fresh picture
-
+# %% ../../nbs/live/72_stream.ipynb #20155827
 class Stream:
     "One house of the exchange, heard in a thread."
     def __init__(self, to: Listening, senses: Senses, events: "Queue[Event]"):
         self._to, self._senses, self._events = to, senses, events
         self._feed, self.line = Feed(to.house, step_of(to.resolution)), Line(to.house == "private")
-        self._wire = Wire()
-        self._renewed: dict[tuple[str, str], float] = {}
+        self._wire, self._renewed = Wire(), dict[tuple[str, str], float]()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"{to.house} stream", daemon=True)
 
