@@ -181,7 +181,7 @@ def _unknown_field(name: str, place: str, known: Sequence[str]) -> Problem:
     near = difflib.get_close_matches(name, known, 1)
     return refusal("unknown_field", f"{place}/{name}", f"not a field of this request; {f'did you mean {near[0]}?' if near else fields}")
 
-# %% ../../nbs/serving/60_contract.ipynb #86678d8c
+# %% ../../nbs/serving/60_contract.ipynb #84e31cc4
 def _expected(field: str) -> str:
     "What a field of the right type may hold."
     if field in BOUNDS:
@@ -194,7 +194,8 @@ def _translate(error: msgspec.ValidationError, known: Sequence[str], body: bytes
     message, path = _PATH.fullmatch(str(error)).groups(default="")  # type: ignore[union-attr]
     place = _pointer(path)
     if unknown := _UNKNOWN.fullmatch(message):
-        return _unknown_field("", "", known) if _TICK.search(body) else _unknown_field(unknown[1], place, known)
+        forged = place and _TICK.search(body)
+        return _unknown_field("", "", known) if forged else _unknown_field(unknown[1], place, known)
     if missing := _MISSING.fullmatch(message):
         return refusal("missing_field", f"{place}/{missing[1]}", "expected this field, it is not there")
     if types := _TYPES.fullmatch(message):
