@@ -216,7 +216,7 @@ async def _listen(emulator: Emulator, request: web.Request) -> web.StreamRespons
         await _hang_up(emulator, link)
     return socket
 
-# %% ../../nbs/live/82_emulator.ipynb #cbdb34cd
+# %% ../../nbs/live/82_emulator.ipynb #a7afea8a
 def state_of(
     emulator: Emulator,
 ) -> dict[str, Any]:
@@ -257,8 +257,10 @@ def make_app(
         task.cancel()
         for link in list(emulator.links):
             await _hang_up(emulator, link)
-    def bound(work: Callable[..., Any]) -> Callable[[web.Request], Any]:
-        return lambda request: work(emulator, request)
+    def bound(work: Callable[..., Any]) -> Any:
+        async def handler(request: web.Request) -> web.StreamResponse:
+            return await work(emulator, request)
+        return handler
     async def tell(_: Emulator, request: web.Request) -> web.Response:
         return web.json_response(state_of(emulator) if request.path == "/emulator/state" else {"time": int(emulator.at), "done": emulator.row >= len(emulator.desk.replay.times)})
     app = web.Application(client_max_size=2**20)
@@ -271,11 +273,11 @@ def make_app(
     app.router.add_route("*", "/{rest:.*}", bound(_handle))
     return app
 
-# %% ../../nbs/live/82_emulator.ipynb #b7f4f475
+# %% ../../nbs/live/82_emulator.ipynb #b3ceeb15
 async def _run(emulator: Emulator, ready: Callable[[str], None], stop: asyncio.Event | None = None) -> None:
-    runner = web.AppRunner(make_app(emulator), access_log=None, handle_signals=stop is None)
+    runner = web.AppRunner(make_app(emulator), access_log=None, handle_signals=stop is None, shutdown_timeout=0.2)
     await runner.setup()
-    site = web.TCPSite(runner, emulator.setup.host, emulator.setup.port, shutdown_timeout=1.0)
+    site = web.TCPSite(runner, emulator.setup.host, emulator.setup.port)
     try:
         await site.start()
         port = runner.addresses[0][1]
