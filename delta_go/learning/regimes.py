@@ -70,7 +70,7 @@ def likelihoods(
     z = (inputs.T - model.centre[:, None]) * (1 / model.scale[:, None])
     return _normal(model, z) if model.kind == "hmm" else _by_rule(model, z)
 
-# %% ../../nbs/learning/21_regimes.ipynb #8e9bf7b9
+# %% ../../nbs/learning/21_regimes.ipynb #89544fb1
 RESCALED = (8, 64)  # factors after which the products are scaled back
 
 def _rooms(n: int) -> list[np.ndarray]:
@@ -86,17 +86,18 @@ def _filter_block(model: RegimeModel, likelihood: np.ndarray, rooms: list[np.nda
     while width < model.filter_length:
         n -= width
         parts = np.multiply(steps[:, :, None, :-width], steps[:, :, width:], out=_table(room, STATES, STATES, STATES, n))
-        steps = np.add.reduce(parts, axis=1, out=_table(there, STATES, STATES, n))
+        steps = np.add(parts[:, 0], parts[:, 1], out=_table(there, STATES, STATES, n))
+        for k in range(2, STATES):
+            steps += parts[:, k]
         here, there, width = there, here, 2 * width
         if width in RESCALED:
             steps /= steps.max(axis=(0, 1))
-    return _from_stationary(model, steps)
+    posterior = model.stationary[0] * steps[0]
+    for k in range(1, STATES):
+        posterior += model.stationary[k] * steps[k]
+    return posterior / (posterior[0] + posterior[1] + posterior[2] + posterior[3] + posterior[4])
 
-def _from_stationary(model: RegimeModel, steps: np.ndarray) -> np.ndarray:
-    joint = np.add.reduce(model.stationary[:, None, None] * steps)
-    return joint / np.add.accumulate(joint)[-1]
-
-# %% ../../nbs/learning/21_regimes.ipynb #acbb7744
+# %% ../../nbs/learning/21_regimes.ipynb #a0a3ee8a
 def _filter_one(model: RegimeModel, likelihood: np.ndarray) -> np.ndarray:
     "The posterior (5, 1) after one run of likelihoods (5, n)."
     steps, width = model.transition[:, :, None] * likelihood, 1
@@ -105,7 +106,8 @@ def _filter_one(model: RegimeModel, likelihood: np.ndarray) -> np.ndarray:
         width *= 2
         if width in RESCALED:
             steps /= steps.max(axis=(0, 1))
-    return _from_stationary(model, steps)
+    posterior = np.add.reduce(model.stationary[:, None, None] * steps)
+    return posterior / np.add.accumulate(posterior)[-1]
 
 # %% ../../nbs/learning/21_regimes.ipynb #e9e54c06
 BLOCK = 4096  # bars filtered at a time
