@@ -299,6 +299,7 @@ def test_lock_step_publishes_then_waits():
         assert trader.http.post("/emulator/ack", json={"time": told["time"] - HOUR}).status_code == 409
         while not told["done"]:
             told = trader.ack()
+            drain(socket, 0)
         assert told["last"] == ["BTCUSD", "ETHUSD", "SOLUSD"] and trader.ack()["done"]
         assert trader.order().json()["error"]["code"] == "trading_blocked"
 

@@ -147,7 +147,7 @@ def _subscribe(session: Session, given: Any) -> tuple[list[dict[str, Any]], list
         new += [(name, symbol) for symbol in fresh] if name not in WITHOUT_SYMBOLS else [(name, "")]
     return refused, new
 
-# %% ../../nbs/live/80_channels.ipynb #7e5e57db
+# %% ../../nbs/live/80_channels.ipynb #18abf6d6
 def snapshots(
     desk: Desk,
     session: Session,
@@ -176,6 +176,7 @@ def snapshots(
             found.append((channel, frame | {"result": []}))
     return found
 
+# %% ../../nbs/live/80_channels.ipynb #26e863a2
 def hear(
     desk: Desk,
     session: Session,

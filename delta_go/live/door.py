@@ -144,7 +144,7 @@ def whole(
         raise bad(name, f"expected an integer, got {str(value)[:40]}")
     return int(value)
 
-# %% ../../nbs/live/78_door.ipynb #9e361e00
+# %% ../../nbs/live/78_door.ipynb #b5048344
 def flag(
     given: Mapping[str, Any],  # parameters
     name: str,
@@ -155,6 +155,7 @@ def flag(
         raise bad(name, "expected true or false")
     return value in (True, "true")
 
+# %% ../../nbs/live/78_door.ipynb #da9af3f4
 def choice(
     given: Mapping[str, Any],    # parameters
     name: str,

@@ -342,12 +342,13 @@ ROUTES: list[tuple[str, str, int, bool, Work]] = [
     ("GET", "/v2/rate_limits/quota", 3, True, nothing),
 ]
 
-# %% ../../nbs/live/79_endpoints.ipynb #474c434c
+# %% ../../nbs/live/79_endpoints.ipynb #7d490242
 def _refused(error: Refusal) -> Reply:
     if error.code == "unauthorized":
         return Reply(401, {"error": "unauthorized", "success": False})
     return Reply(error.status, {"success": False, "error": {"code": error.code} | ({"context": error.context} if error.context else {})})
 
+# %% ../../nbs/live/79_endpoints.ipynb #46737c21
 def _body(request: Request) -> dict[str, Any]:
     try:
         given = json.loads(request.body) if request.body else {}

@@ -76,7 +76,7 @@ class Script:
     seed: int = 0
     answers: Answers = Answers()
 
-# %% ../../nbs/live/77_faults.ipynb #f7887797
+# %% ../../nbs/live/77_faults.ipynb #41f21306
 def _build(kind: type, given: Any, where: str) -> Any:
     if not isinstance(given, Mapping):
         raise InputError(f"faults: {where}: expected an object, got {given!r}")
@@ -88,6 +88,7 @@ def _build(kind: type, given: Any, where: str) -> Any:
     except TypeError as error:
         raise InputError(f"faults: {where}: {error}") from None
 
+# %% ../../nbs/live/77_faults.ipynb #3d8341c9
 def make_script(
     given: Mapping[str, Any],  # seed, answers, faults
 ) -> Script:
