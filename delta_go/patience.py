@@ -74,7 +74,7 @@ class RetryBudget:
             self._saved -= self._price * enough
             return enough
 
-# %% ../nbs/04_patience.ipynb #26f444f7
+# %% ../nbs/04_patience.ipynb #7474d29d
 class Breaker:
     "Leaves a service alone after several failures in a row, then tries it with one question."
     def __init__(self, failures: int = 5, pause: float = 30.0, clock: Callable[[], float] = time.monotonic):
@@ -94,7 +94,7 @@ class Breaker:
                 if self._probing or left:
                     when = "one question is trying it now" if self._probing else f"next try in {left:.0f} s"
                     raise ServiceDown(f"not asked, it failed {self._row} times in a row ({when}); the last time: {self._why}", left)
-                self._probing, self._round = True, self._round + 1
+                self._probing = True
             return self._round
 
     def answered(self, ticket: int) -> None:

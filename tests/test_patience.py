@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from delta_go.domain import InputError, RetryError
 from delta_go.patience import Asker, Breaker, NoAnswer, Patience, RetryBudget, ServiceDown, Timing, wait_before
@@ -30,14 +30,17 @@ class BreakerLife(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
         self.clock = Clock()
-        self.breaker = Breaker(5, 30.0, self.clock)
         self.under_way = []       # (ticket, era in which it was admitted)
         self.era = 0              # counts openings and probes: what came before says nothing about now
         self.failures = 0         # in a row
         self.opened_at = None     # None: closed
         self.probe = None         # the one question that may pass while it is not closed
 
-    @rule(seconds=st.sampled_from([0.0, 0.5, 10.0, 29.999, 30.0, 31.0]))
+    @initialize(limit=st.sampled_from([1, 2, 3, 5]))
+    def begin(self, limit):
+        self.limit, self.breaker = limit, Breaker(limit, 30.0, self.clock)
+
+    @rule(seconds=st.sampled_from([0.0, 0.5, 29.75, 30.0, 31.0]))
     def time_passes(self, seconds):
         self.clock.now += seconds
 
@@ -66,7 +69,7 @@ class BreakerLife(RuleBasedStateMachine):
         self.breaker.failed(ticket, "no answer")
         if counts:
             self.failures += 1
-            if self.failures >= 5:
+            if self.failures >= self.limit:
                 self.opened_at, self.probe = self.clock.now, None
                 self.era += 1
 
@@ -93,7 +96,7 @@ class BreakerLife(RuleBasedStateMachine):
 
 
 TestBreakerLife = BreakerLife.TestCase
-TestBreakerLife.settings = settings(max_examples=80, stateful_step_count=30, deadline=None)
+TestBreakerLife.settings = settings(max_examples=120, stateful_step_count=30, deadline=None)
 
 
 def open_breaker(clock):
@@ -110,6 +113,45 @@ def test_an_open_breaker_says_what_happened_and_when_it_tries_again():
     with pytest.raises(ServiceDown, match=r"failed 5 times in a row \(next try in 18 s\); the last time: it broke") as caught:
         breaker.admit()
     assert caught.value.wait == 18.0 and isinstance(caught.value, RetryError)
+
+
+@pytest.mark.parametrize("outcome", ["answered", "dropped", "failed"])
+def test_what_was_asked_before_it_opened_says_nothing_afterwards(outcome):
+    clock = Clock()
+    breaker = Breaker(5, 30.0, clock)
+    early = breaker.admit()
+    for _ in range(5):
+        breaker.failed(breaker.admit(), "it broke")
+
+    def late():
+        breaker.failed(early, "late") if outcome == "failed" else getattr(breaker, outcome)(early)
+
+    clock.now = 20.0
+    late()
+    assert breaker.state == "open"
+    clock.now = 30.0
+    probe = breaker.admit()
+    late()
+    assert breaker.state == "probing"
+    with pytest.raises(ServiceDown):
+        breaker.admit()
+    breaker.answered(probe)
+    for _ in range(9):
+        late()
+    assert breaker.state == "closed"
+
+
+@pytest.mark.parametrize("wish, tries", [(7.9, 2), (8.1, 1)])
+def test_a_try_that_could_not_connect_any_more_is_not_made(wish, tries):
+    clock, made = Clock(), []
+
+    def attempt(seconds):
+        made.append(seconds)
+        raise NoAnswer("busy", wish)
+
+    with pytest.raises(NoAnswer):
+        Asker(timing=Timing(clock, clock.sleep, lambda: 0.0)).ask(attempt)
+    assert len(made) == tries and min(made) >= 2.0
 
 
 def test_of_many_threads_one_probes():
