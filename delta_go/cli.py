@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'data_app', 'Symbols', 'Resolution', 'Start', 'End', 'Seed', 'Jobs', 'AllowGaps', 'main', 'split_words', 'run',
-           'check', 'simulate', 'import_file', 'fetch', 'backtest', 'serve']
+           'check', 'simulate', 'import_file', 'fetch', 'backtest', 'serve', 'emulate']
 
 # %% ../nbs/90_cli.ipynb #a7b6d849
 import json
@@ -189,3 +189,19 @@ def serve(
     import os
     start = "from delta_go.serving.server import main; main()"
     os.execve(sys.executable, [sys.executable, "-c", start, name], {**os.environ, "PORT": str(port), "HOST": host})
+
+# %% ../nbs/90_cli.ipynb #e72ec202
+@app.command()
+def emulate(
+    data: Annotated[str, typer.Option(help="Folder of candle files; the simulated market by default.")] = "",
+    port: Annotated[int, typer.Option(help="Where it listens; 0 takes a free port.")] = 8090,
+    speed: Annotated[float, typer.Option(help="Market seconds a second; 0 waits for acknowledgements.")] = 1.0,
+    faults: Annotated[Path | None, typer.Option(help="JSON file of faults and answers.")] = None,
+    symbols: Symbols = "", resolution: Resolution = "1h", start: Start = "", end: End = "", seed: Seed = 0, allow_gaps: AllowGaps = False,
+) -> None:
+    "Run an emulated exchange until it is interrupted; prints its address."
+    from delta_go.live.emulator import serve as serve_exchange
+    from delta_go.live.faults import Script, read_script
+    from delta_go.live.pace import Setup
+    serve_exchange(Setup(data, resolution, tuple(split_words(symbols)), start or None, end or None, seed, allow_gaps=allow_gaps, port=port, speed=speed,
+                         script=read_script(faults) if faults else Script()), typer.echo)
