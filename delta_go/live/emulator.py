@@ -280,7 +280,7 @@ def make_app(
     app.router.add_route("*", "/{rest:.*}", bound(_handle))
     return app
 
-# %% ../../nbs/live/82_emulator.ipynb #b3ceeb15
+# %% ../../nbs/live/82_emulator.ipynb #9ef5bc0a
 async def _run(emulator: Emulator, ready: Callable[[str], None], stop: asyncio.Event | None = None) -> None:
     runner = web.AppRunner(make_app(emulator), access_log=None, handle_signals=stop is None, shutdown_timeout=0.2)
     await runner.setup()
@@ -291,8 +291,6 @@ async def _run(emulator: Emulator, ready: Callable[[str], None], stop: asyncio.E
         emulator.url = f"http://{emulator.setup.host}:{port}"
         ready(emulator.url)
         await (stop or asyncio.Event()).wait()
-    except web.GracefulExit:
-        pass
     finally:
         await runner.cleanup()
 
@@ -303,7 +301,7 @@ def serve(
 ) -> None:
     "Run an emulated exchange until it is interrupted."
     emulator = build_emulator(setup, clock)
-    with contextlib.suppress(KeyboardInterrupt):
+    with contextlib.suppress(KeyboardInterrupt, web.GracefulExit):
         try:
             asyncio.run(_run(emulator, ready))
         except OSError as error:
