@@ -304,3 +304,20 @@ def test_an_interrupted_probe_leaves_room_for_the_next():
         asker.ask(attempt(KeyboardInterrupt()))
     assert asker.breaker.state == "open"
     assert asker.ask(lambda seconds: "back") == "back" and asker.breaker.state == "closed"
+
+
+def test_retries_of_a_service_that_fails_every_first_try_are_paid_by_questions():
+    clock, first, refused = Clock(), set(), 0
+    asker = Asker(Patience(failures=10**6), Timing(clock, clock.sleep))
+    for question in range(200):
+        def attempt(seconds, question=question):
+            if question not in first:
+                first.add(question)
+                raise NoAnswer("not at once")
+            return "then"
+
+        try:
+            assert asker.ask(attempt) == "then"
+        except NoAnswer:
+            refused += 1
+    assert 28 <= 200 - refused <= 30 and len(clock.waits) == 200 - refused
