@@ -193,7 +193,7 @@ class _Stream(httpcore.NetworkStream):
         "The same, encrypted, before the moment."
         return _Stream(self._inner.start_tls(ssl_context, server_hostname, _left(timeout)))
 
-# %% ../../nbs/serving/69_client.ipynb #ad5ec79c
+# %% ../../nbs/serving/69_client.ipynb #a2feea4f
 class _Network(httpcore.NetworkBackend):
     def connect_tcp(self, host: str, port: int, timeout: float | None = None, local_address: str | None = None,
                     socket_options: Iterable[Any] | None = None) -> httpcore.NetworkStream:
@@ -201,8 +201,8 @@ class _Network(httpcore.NetworkBackend):
         return _Stream(httpcore.SyncBackend().connect_tcp(host, port, _left(timeout), local_address, socket_options))
 
 class _Transport(httpx.HTTPTransport):
-    def __init__(self) -> None:
-        self._pool = httpcore.ConnectionPool(ssl_context=httpx.create_ssl_context(), max_connections=8, keepalive_expiry=30.0, network_backend=_Network())
+    def __init__(self, encrypted: bool) -> None:
+        self._pool = httpcore.ConnectionPool(ssl_context=httpx.create_ssl_context() if encrypted else None, max_connections=8, keepalive_expiry=30.0, network_backend=_Network())
 
 # %% ../../nbs/serving/69_client.ipynb #e7f9200b
 MOST_BYTES = 2**20  # of a reply
@@ -311,12 +311,12 @@ class Credentials:
             return "X-API-Key", self.key
         return ("Authorization", "Bearer " + check_secret("token", self.token(audience))) if self.token else None
 
-# %% ../../nbs/serving/69_client.ipynb #03f56edf
+# %% ../../nbs/serving/69_client.ipynb #ae0fefc7
 class Line:
     "A connection that is kept between questions."
     def __init__(self, origin: str, credentials: Credentials, connect: float):
         self._origin, self._credentials, self._connect, self._secret = origin, credentials, connect, ""
-        self._client = httpx.Client(base_url=origin, transport=_Transport(), trust_env=False, headers={
+        self._client = httpx.Client(base_url=origin, transport=_Transport(origin.startswith("https:")), trust_env=False, headers={
             "Content-Type": "application/json", "Accept": "application/json", "Accept-Encoding": "identity", "User-Agent": f"delta_go/{__version__}"})
 
     def post(

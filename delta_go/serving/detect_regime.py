@@ -6,7 +6,7 @@
 __all__ = ['UNCHECKED', 'DETECTOR', 'known_features', 'answer_regime', 'answer_regimes', 'sample_window', 'model_card',
            'describe', 'load', 'create_app', 'detect_regime']
 
-# %% ../../nbs/serving/66_detect_regime.ipynb #20bf7e27
+# %% ../../nbs/serving/66_detect_regime.ipynb #64af224d
 import math
 from collections.abc import Mapping
 from functools import lru_cache
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flask import Flask, Request, Response
+from flask import Flask, Request
 
 from ..domain import REGIMES
 from ..learning.features import FEATURES, WINDOW, compute_features
@@ -23,7 +23,8 @@ from .access import ServiceSettings, read_settings
 from .contract import RegimeAnswer, RegimeRequest, candles_of, encode, parse_regimes, refusal
 from .describe import ServiceInfo
 from .holder import Held, load_detector
-from .service import Asked, ModelService, Outcome, Service, make_app
+from .service import Asked, ModelService, Outcome, Service, as_function, make_app
+from .telemetry import configure_logging
 
 # %% ../../nbs/serving/66_detect_regime.ipynb #2f0a5ec8
 UNCHECKED = "no times were given: that the candles are closed, complete and evenly spaced could not be checked"
@@ -105,7 +106,7 @@ def load(
 
 DETECTOR = ModelService("hmm-detector", "/detect_regime", load, answer_regimes, describe)
 
-# %% ../../nbs/serving/66_detect_regime.ipynb #450b3929
+# %% ../../nbs/serving/66_detect_regime.ipynb #6a9b0a66
 def create_app(
     settings: ServiceSettings | None = None,  # None reads the environment
 ) -> Flask:
@@ -114,11 +115,12 @@ def create_app(
 
 @lru_cache(maxsize=1)
 def _app() -> Flask:
-    return create_app()
+    settings = read_settings()
+    configure_logging(settings.log_level, settings.google_cloud_project)
+    return create_app(settings)
 
 def detect_regime(
     request: Request,
-) -> Response:
+) -> Any: # a Flask response
     "The service as a Cloud Functions target."
-    answer: Any = Response.from_app(_app().wsgi_app, request.environ)
-    return answer
+    return as_function(_app, request)

@@ -6,7 +6,7 @@
 __all__ = ['SAMPLE', 'PREDICTOR', 'row_of', 'doubts', 'wants_reasons', 'answer_trade', 'outcome_of', 'answer_trades', 'describe',
            'load', 'create_app', 'predict_trade']
 
-# %% ../../nbs/serving/67_predict_trade.ipynb #2bf66a06
+# %% ../../nbs/serving/67_predict_trade.ipynb #09edbc68
 import math
 from collections.abc import Mapping
 from functools import lru_cache
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flask import Flask, Request, Response
+from flask import Flask, Request
 
 from ..domain import REGIMES
 from ..learning.features import WINDOW
@@ -24,7 +24,8 @@ from .contract import TradeAnswer, TradeRequest, encode, parse_trades, refusal
 from .describe import ServiceInfo
 from .detect_regime import model_card
 from .holder import Held, load_predictor
-from .service import Asked, ModelService, Outcome, Service, make_app
+from .service import Asked, ModelService, Outcome, Service, as_function, make_app
+from .telemetry import configure_logging
 
 # %% ../../nbs/serving/67_predict_trade.ipynb #bf13cf9e
 def row_of(
@@ -115,7 +116,7 @@ def load(
 
 PREDICTOR = ModelService("trade-predictor", "/predict_trade", load, answer_trades, describe)
 
-# %% ../../nbs/serving/67_predict_trade.ipynb #40d4dbfe
+# %% ../../nbs/serving/67_predict_trade.ipynb #dd3ddeb1
 def create_app(
     settings: ServiceSettings | None = None,  # None reads the environment
 ) -> Flask:
@@ -124,11 +125,12 @@ def create_app(
 
 @lru_cache(maxsize=1)
 def _app() -> Flask:
-    return create_app()
+    settings = read_settings()
+    configure_logging(settings.log_level, settings.google_cloud_project)
+    return create_app(settings)
 
 def predict_trade(
     request: Request,
-) -> Response:
+) -> Any: # a Flask response
     "The service as a Cloud Functions target."
-    answer: Any = Response.from_app(_app().wsgi_app, request.environ)
-    return answer
+    return as_function(_app, request)

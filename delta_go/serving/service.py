@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['Answer', 'CHUNK', 'LOG', 'OPEN_HEADERS', 'Outcome', 'Asked', 'ModelService', 'read_body', 'leaves_much', 'Service',
            'refuse', 'refuse_http', 'refuse_unforeseen', 'live', 'ready', 'started', 'show_page', 'show_openapi',
-           'show_metrics', 'make_app']
+           'show_metrics', 'make_app', 'as_function']
 
-# %% ../../nbs/serving/65_service.ipynb #7ca22879
+# %% ../../nbs/serving/65_service.ipynb #efa94619
 import logging
 import secrets
 import threading
@@ -22,6 +22,7 @@ from typing import Any
 from flask import Flask, Response, g, request
 from werkzeug.exceptions import ClientDisconnected, HTTPException
 
+from ..domain import InputError
 from .access import ServiceSettings, authenticate, check_exposure
 from .contract import MAX_BODY, Problem, check_media_type, encode, problem_body
 from .describe import ServiceInfo, openapi, page
@@ -252,3 +253,16 @@ def make_app(
     for path in ("/", service.kind.path):
         app.add_url_rule(path, f"post {path}", service.question, methods=["POST"], provide_automatic_options=False)
     return app
+
+# %% ../../nbs/serving/65_service.ipynb #f7db0063
+def as_function(
+    app: Callable[[], Flask],  # makes the app, or gives the one that was made
+    asked: Any,                # the request of another Flask app
+) -> Any:                      # a response for it
+    "Answer a request that somebody else's server has received."
+    try:
+        return Response.from_app(app().wsgi_app, asked.environ)
+    except InputError as error:
+        LOG.error("refused to serve: %s", error)
+        problem = Problem(503, "not_ready", "the service's settings do not allow it to serve; its log says which")
+        return Response(problem_body(problem, "", "", ""), problem.status, mimetype="application/problem+json")
