@@ -360,7 +360,7 @@ def recode(draft: Draft) -> None:
     """Another encoding."""
     text = draft.text.decode()
     draft.text = draft.dice.choice((codecs.BOM_UTF8 + draft.text, text.encode("utf-16"), text.encode("utf-16-le"), text.encode("utf-16-be"), text.encode("utf-32"), gzip.compress(draft.text, 1, mtime=0),
-                                    codecs.BOM_UTF16_LE + draft.text, text.encode("utf-7").replace(b"{", b"+AHs-", 1), text.encode("cp037")))
+                                    codecs.BOM_UTF16_LE + draft.text, text.encode("utf-7").replace(b"{", b"+AHs-", 1), text.encode("cp037", "replace")))
     draft.now("other encoding", BAD)
 
 
