@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['T', 'LARGEST', 'LONGEST', 'ABSENT', 'ExchangeClock', 'weight_of', 'Budget', 'Account', 'synchronise', 'check_key',
            'place_order', 'cancel_order', 'cancel_all', 'edit_bracket', 'order_by_client_id', 'open_orders',
-           'order_history', 'fills', 'position', 'positions', 'balances', 'leverage', 'set_leverage',
-           'create_heartbeat', 'acknowledge']
+           'order_history', 'fills', 'position', 'positions', 'balances', 'Payment', 'payments', 'leverage',
+           'set_leverage', 'create_heartbeat', 'acknowledge']
 
-# %% ../../nbs/live/71_account.ipynb #c7d1411a
+# %% ../../nbs/live/71_account.ipynb #3ef5bfea
 import contextlib
 import json
 import math
@@ -24,7 +24,7 @@ import httpx
 from ..domain import InputError, RetryError
 from .exchange import Credentials, Listing, open_client, sign
 from ..trading.messages import Answer, Balance, CouldNotAsk, Fill, NotSent, Order, OrderRequest, Outcome, Position, Unknown, Unreadable
-from ..trading.messages import judge, payload_in, read_balance, read_fill, read_order, read_position, reading, refusal_in
+from ..trading.messages import judge, moment, payload_in, read_balance, read_fill, read_order, read_position, reading, refusal_in
 
 T = TypeVar("T")
 
@@ -363,6 +363,25 @@ def balances(
 ) -> Answer[dict[str, Balance]] | Answer[None] | CouldNotAsk:
     "The wallet, by asset."
     return _question(account, "/v2/wallet/balances", {}, lambda payload: reading("a wallet", lambda: {row["asset_symbol"]: read_balance(row) for row in payload["result"]}))
+
+# %% ../../nbs/live/71_account.ipynb #d3ddb05d
+@dataclass(frozen=True, slots=True)
+class Payment:
+    "One movement of the wallet."
+    id: str
+    kind: str            # funding, commission, cashflow, liquidation_fee, settlement, deposit and others
+    symbol: str | None   # None: not about one of our products
+    amount: Decimal      # USD, positive: received
+    time_us: int         # microseconds UTC
+
+def payments(
+    account: Account,
+    since_us: int,   # microseconds UTC
+) -> Answer[list[Payment]] | CouldNotAsk:
+    "Movements of the wallet since a moment, newest first."
+    names = {listing.id: symbol for symbol, listing in account.listings.items()}
+    return _listed(account, "/v2/wallet/transactions", lambda row: Payment(
+        str(row.get("uuid") or row["id"]), str(row["transaction_type"]), names.get(row.get("product_id")), Decimal(row["amount"]), moment(row["created_at"])), 50, start_time=since_us)
 
 # %% ../../nbs/live/71_account.ipynb #9fa20339
 def leverage(

@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['put_question', 'Executor']
 
-# %% ../../nbs/live/83_executor.ipynb #7e533cda
+# %% ../../nbs/live/83_executor.ipynb #838ed863
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..domain import StopTrading
 from .account import Account, cancel_order, fills, open_orders, order_by_client_id, order_history, place_order, position
-from .journal import Journal, Row
+from .journal import Journal, Row, entry_of
 from .orders import faults, recover, step
-from ..trading.intents import SECOND, Answered, Ask, Cancel, Effect, Event, Question, Record, Refused, Report, Rules, Send, SendResult, State, Tick
+from ..trading.intents import SECOND, Answered, Ask, Cancel, Effect, Entry, Event, Question, Record, Refused, Report, Rules, Send, SendResult, State, Tick
 from ..trading.messages import Answer, CouldNotAsk
 
 # %% ../../nbs/live/83_executor.ipynb #33f61ada
@@ -32,7 +32,7 @@ def put_question(
         return open_orders(account)
     return (order_history if kind == "history" else fills)(account, question.since_us)
 
-# %% ../../nbs/live/83_executor.ipynb #03b028ae
+# %% ../../nbs/live/83_executor.ipynb #ba324ff1
 class Executor:
     "Carries out the protocol's effects over one account and one journal."
     def __init__(
@@ -45,6 +45,7 @@ class Executor:
         tell: Callable[[str], None] = lambda words: None,
     ):
         self.account, self.journal, self.now_us, self.tell = account, journal, now_us, tell
+        self.entries = [entry_of(row) for row in rows]  # everything that is written down
         self.state: State = recover(rules, rows, now_us())
 
     def handle(self, *events: Event) -> list[Refused]:
@@ -62,10 +63,20 @@ class Executor:
                     waiting.append(event)
         return refused
 
+    def write(
+        self,
+        entries: Sequence[Entry],
+        now: int,                   # microseconds UTC
+        last_resort: bool = False,  # rows that close positions may use the space kept for them
+    ) -> None:
+        "Write entries down, all or none; StopTrading when they are not on the disk."
+        self.journal.append(entries, now, last_resort)
+        self.entries.extend(entries)
+
     def _do(self, effect: Effect, now: int) -> Event | None:
         match effect:
             case Record():
-                self.journal.append(effect.entries, now, last_resort=_protects(effect))
+                self.write(effect.entries, now, _protects(effect))
             case Send():
                 return SendResult(effect.request.client_order_id, place_order(self.account, effect.request))
             case Cancel():
