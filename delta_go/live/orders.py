@@ -132,14 +132,15 @@ def _close(turn: _Turn, name: str) -> None:
     if intent.filled > intent.request.size:
         turn.halt(f"order {name} filled {intent.filled} of {intent.request.size} contracts", flatten=True)
 
-# %% ../../nbs/live/76_orders.ipynb #7154b852
+# %% ../../nbs/live/76_orders.ipynb #dd072b02
 def _sort_fills(turn: _Turn) -> None:
-    "Write down the fills whose owner is known."
-    state, left = turn.state, []
-    for fill in state.loose:
+    "Write down the fills whose owner is known, each symbol's in the order of time."
+    state, left, waiting = turn.state, [], set()
+    for fill in sorted(state.loose, key=lambda fill: fill.time_us):
         owner = state.books.owners.get(fill.order_id) or state.strangers.get(fill.order_id) or (EXCHANGE if fill.kind != "normal" else "")
-        if not owner:
+        if not owner or fill.symbol in waiting:
             left.append(fill)
+            waiting.add(fill.symbol)
             continue
         signed, held = fill.size if fill.side == "buy" else -fill.size, state.books.held.get(fill.symbol, 0)
         if owner == FOREIGN and signed * held < 0 and abs(signed) <= abs(held):
@@ -199,7 +200,7 @@ def _on_answer(turn: _Turn, event: Answered) -> None:
     if kind in PERIOD:
         turn.want(key, turn.now + PERIOD[kind])
 
-# %% ../../nbs/live/76_orders.ipynb #5274c211
+# %% ../../nbs/live/76_orders.ipynb #f10ce27b
 def _believe(turn: _Turn, kind: str, about: str, value: Any, asked_us: int) -> None:
     if kind == "position":
         return _on_position(turn, about, value.size, asked_us)
@@ -214,6 +215,8 @@ def _believe(turn: _Turn, kind: str, about: str, value: Any, asked_us: int) -> N
         _on_listing(turn, value, asked_us)
     if turn.state.loose:
         _sort_fills(turn)
+    if kind == "fills" and any(total > turn.state.books.intents[name].filled for name, total in turn.state.over.items()):
+        turn.want(FILLS, turn.now + SECOND)  # an order says that there are more
 
 # %% ../../nbs/live/76_orders.ipynb #0c05c11e
 def _start_over(turn: _Turn) -> None:
@@ -297,12 +300,10 @@ def _flatten(turn: _Turn, symbol: str, reason: str) -> None:
     elif under_way:
         turn.wake(max(intent.made_us for intent in under_way) + 2 * PAUSE)
 
-# %% ../../nbs/live/76_orders.ipynb #99b63952
+# %% ../../nbs/live/76_orders.ipynb #a07ae3cd
 def _protect(turn: _Turn, symbol: str) -> None:
     "A position has its stop, and a stop has its position."
     state, held, listing = turn.state, turn.state.books.held.get(symbol, 0), turn.state.answered.get(OPEN, -1)
-    if not (held or state.listed or state.naked or state.bare):
-        return
     rest = [order for order in state.listed if order.symbol == symbol and state.strangers.get(str(order.id)) == LEG]
     if not held:
         state.naked = _without(state.naked, symbol)
@@ -321,7 +322,7 @@ def _protect(turn: _Turn, symbol: str) -> None:
         if listing - state.naked[symbol] >= PATIENCE:
             _flatten(turn, symbol, "no stop at the exchange")
 
-# %% ../../nbs/live/76_orders.ipynb #91905e0d
+# %% ../../nbs/live/76_orders.ipynb #e1c223f2
 def _drive(turn: _Turn) -> None:
     "Whatever is due now."
     state = turn.state
@@ -330,19 +331,19 @@ def _drive(turn: _Turn) -> None:
         if state.books.intents[name].status in DOUBTFUL:
             _conclude(turn, name)
     for symbol in state.rules.contract_value:
-        _protect(turn, symbol)
+        if state.listed or state.naked or state.bare or state.books.held.get(symbol):
+            _protect(turn, symbol)
         if state.books.flatten and not is_flat(state):
             _flatten(turn, symbol, state.books.halted)
             turn.want(OPEN, turn.now + SECOND)
             turn.want(("position", symbol), turn.now + SECOND)
-    for key, at in state.due.items():
-        if key in state.asked:
-            continue
-        if at > turn.now:
-            turn.wake(at)
-            continue
-        state.due, state.asked = _without(state.due, key), {**state.asked, key: turn.now}
-        turn.effects.append(Ask(Question(key, turn.now, _since(state) if key in (HISTORY, FILLS) else 0)))
+    waiting = {key: at for key, at in state.due.items() if key not in state.asked}
+    if waiting and min(waiting.values()) <= turn.now:
+        for key in [key for key, at in waiting.items() if at <= turn.now]:
+            del waiting[key]
+            state.due, state.asked = _without(state.due, key), {**state.asked, key: turn.now}
+            turn.effects.append(Ask(Question(key, turn.now, _since(state) if key in (HISTORY, FILLS) else 0)))
+    turn.wake(min(waiting.values(), default=state.wake_us))
 
 # %% ../../nbs/live/76_orders.ipynb #50a35a08
 LOOK_BACK = 60 * SECOND
