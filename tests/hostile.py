@@ -224,18 +224,22 @@ def leads(pointer: str, code: str, shot: Shot, service: str) -> bool:
         return code in ("unknown_field", "not_an_object", "wrong_type")
     if pointer == "/explain":
         return b"explain" in shot.raw.partition(b" HTTP/")[0]
-    tokens = pointer[1:].split("/")
-    known = (*FIELDS[service], "requests")
+    known, tokens = (*FIELDS[service], "requests"), pointer[1:].split("/")
     try:
-        place: Any = json.loads(shot.body)
+        places: list[Any] = [json.loads(shot.body, object_pairs_hook=tuple)]   # objects as pairs: a key given twice leads to both
     except (ValueError, RecursionError):    # refused for what came before the fault of the text
-        return any(token in known or token.encode() in shot.body for token in tokens)
+        plain = re.sub(rb"\\u00([0-7][0-9a-fA-F])", lambda match: bytes.fromhex(match[1].decode()), shot.body)
+        return any(token in known or token.encode() in plain for token in tokens)
     for token in tokens[:-1]:
-        place = place[int(token)] if isinstance(place, list) and token.isdecimal() and int(token) < len(place) else place.get(token) if isinstance(place, dict) else None
-    token = tokens[-1]
-    if isinstance(place, list):
-        return token.isdecimal() and int(token) < len(place)
-    return isinstance(place, dict) and (token in place or token in known)
+        places = [part for place in places for part in parts(place, token)]
+    return any(parts(place, tokens[-1]) or isinstance(place, tuple) and tokens[-1] in known for place in places)
+
+
+def parts(place: Any, token: str) -> list[Any]:
+    """What one step of a pointer leads to."""
+    if isinstance(place, tuple):
+        return [value for name, value in place if name == token]
+    return place[int(token):int(token) + 1] if isinstance(place, list) and token.isdecimal() else []
 
 
 def judge_problem(service: str, shot: Shot, answer: Answer, data: Any) -> Iterator[str]:

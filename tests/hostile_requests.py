@@ -630,7 +630,7 @@ def elsewhere(service: str, dice: random.Random) -> Shot:
     """Other methods and other addresses."""
     method, target = dice.choice((*METHODS, "GET", "GET", "GET", "POST", "POST")), dice.choice(TARGETS)
     body = b"{}" if method in ("POST", "PUT", "PATCH") else b""
-    may = frozenset({200, 400, 404, 405, 422})
+    may = frozenset({200, 400, 404, 405, 414, 422})
     return Shot(f"{method[:8] or 'no method'} elsewhere", request(method, target, usual(body) if body else usual(body)[:2], body), may, body or None, head=method == "HEAD", last=method not in ("GET", "POST", "HEAD", "PUT", "DELETE", "PATCH", "OPTIONS"))
 
 

@@ -1,12 +1,14 @@
 """The services under hostile requests, and proof that the suite would notice what it looks for."""
 from __future__ import annotations
 
+import io
 import json
 
 import pytest
 from rich.console import Console
 
 from benchmarks.load import running
+from delta_go.domain import REGIMES
 from tests.hostile import Answer, Line, Report, bombard, judge, show
 from tests.hostile_requests import CANARY, FIELDS, GOOD, KEY, PATHS, Shot, make_shot, request, usual
 
@@ -107,8 +109,9 @@ def test_a_spoiled_service_is_found_out() -> None:
     for sign in ("status 500", "500 as text/html", "400 as text/html", "NaN in JSON", "no share", "not the threshold's", "pointer to nothing: invalid_value /rsi/9/9", "422 without a field", "problem without its fields",
                  "contradicts itself", "of files or of a stack", "tells a secret", "no strict JSON", "a key twice", "where it comes from", "headers that protect", "no answer", "the worker died", "status 200 for"):
         assert any(sign in fault for fault in found), (sign, sorted(found))
-    console = Console(record=True, quiet=True, width=160)
+    console = Console(record=True, file=io.StringIO(), width=160)
     show(report, console)
+    assert f"{len(report.violations)} violations" in console.export_text()
 
 
 def test_a_slow_answer_is_asked_again_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,11 +133,7 @@ def told(status: int, data: object, media: str = "application/json") -> Answer:
 @pytest.mark.parametrize("shares", ([0.2] * 5, [0.2, 0.2, 0.2, 0.2, 0.2 + 1e-8], [1.2, -0.2, 0, 0, 0], [True, 0, 0, 0, 0], [None] * 5, [0.5, 0.5]))
 def test_shares_of_regimes_are_judged(shares: list) -> None:
     """Only five shares that sum to one pass."""
-    names = ("bull", "bear", "sideways", "high_volatility", "low_volatility")
-    from delta_go.domain import REGIMES
-    assert len(names) == len(REGIMES)
-    given = dict(zip(REGIMES, shares))
-    data = {"state_probabilities": given, "confidence": shares[0], "regime": REGIMES[0], "features": {}, "spacing_checked": True, "warnings": []}
+    data = {"state_probabilities": dict(zip(REGIMES, shares)), "confidence": shares[0], "regime": REGIMES[0], "features": {}, "spacing_checked": True, "warnings": []}
     faults = {fault for fault in judge("hmm-detector", Shot("valid", b"", GOOD, b"{}"), told(200, data)) if fault.startswith("probabilities")}
     assert bool(faults) == (shares != [0.2] * 5)
 
