@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'data_app', 'Symbols', 'Resolution', 'Start', 'End', 'Seed', 'Jobs', 'AllowGaps', 'main', 'split_words', 'run',
-           'check', 'simulate', 'import_file', 'fetch', 'backtest', 'serve', 'emulate']
+           'check', 'simulate', 'import_file', 'fetch', 'backtest', 'serve', 'emulate', 'rehearse']
 
 # %% ../nbs/90_cli.ipynb #a7b6d849
 import json
@@ -205,3 +205,34 @@ def emulate(
     from delta_go.live.pace import Setup
     serve_exchange(Setup(data, resolution, tuple(split_words(symbols)), start or None, end or None, seed, allow_gaps=allow_gaps, port=port, speed=speed,
                          script=read_script(faults) if faults else Script()), typer.echo)
+
+# %% ../nbs/90_cli.ipynb #53cb4f32
+@app.command()
+def rehearse(
+    data: Annotated[str, typer.Option(help="Folder of candle files; the simulated market by default.")] = "",
+    models: Annotated[Path, typer.Option(envvar="DELTA_MODELS_DIR", help="Folder of model files with their manifest.")] = Path("models"),
+    ledger: Annotated[Path | None, typer.Option(help="Where the trades go: .csv or .parquet.")] = None,
+    start: Start = "", end: End = "", symbols: Symbols = "",
+    policy: Annotated[str, typer.Option(help="gate trades as the predictor says, signals takes every signal.")] = "gate",
+    faults: Annotated[str, typer.Option(help="JSON file of faults and answers of the exchange.")] = "",
+    allow_gaps: AllowGaps = False,
+) -> None:
+    "Fly the bot over the past, against an emulated exchange, and write its ledger."
+    from datetime import UTC, datetime
+
+    from rich.progress import Progress
+
+    from delta_go.config import load_settings
+    from delta_go.live.rehearse import Rehearsal
+    from delta_go.live.rehearse import rehearse as fly
+    from delta_go.trading.ledger import write_ledger
+    from delta_go.trading.risk import limits_from
+    if policy not in ("gate", "signals"):
+        raise InputError(f"--policy: expected gate or signals, got {policy!r}")
+    with Progress(transient=True) as progress:
+        bar = progress.add_task("rehearsal", total=None)
+        trades = fly(Rehearsal(data, models, start, end, tuple(split_words(symbols)), policy == "gate", faults, allow_gaps), limits_from(load_settings()),
+                     lambda time: progress.update(bar, advance=1, description=f"{datetime.fromtimestamp(time, UTC):%Y-%m-%d %H:%M}"))
+    if ledger:
+        write_ledger(trades, ledger)
+    typer.echo(f"{len(trades)} trades, net {sum(trade.pnl for trade in trades):,.2f} USD{f', ledger {ledger}' if ledger else ''}")

@@ -364,7 +364,7 @@ def balances(
     "The wallet, by asset."
     return _question(account, "/v2/wallet/balances", {}, lambda payload: reading("a wallet", lambda: {row["asset_symbol"]: read_balance(row) for row in payload["result"]}))
 
-# %% ../../nbs/live/71_account.ipynb #d3ddb05d
+# %% ../../nbs/live/71_account.ipynb #5e47e105
 @dataclass(frozen=True, slots=True)
 class Payment:
     "One movement of the wallet."
@@ -381,7 +381,7 @@ def payments(
     "Movements of the wallet since a moment, newest first."
     names = {listing.id: symbol for symbol, listing in account.listings.items()}
     return _listed(account, "/v2/wallet/transactions", lambda row: Payment(
-        str(row.get("uuid") or row["id"]), str(row["transaction_type"]), names.get(row.get("product_id")), Decimal(row["amount"]), moment(row["created_at"])), 50, start_time=since_us)
+        str(row.get("uuid") or row["id"]), str(row["transaction_type"]), names.get(int(row.get("product_id") or 0)), Decimal(row["amount"]), moment(row["created_at"])), 50, start_time=since_us)
 
 # %% ../../nbs/live/71_account.ipynb #9fa20339
 def leverage(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['put_question', 'Executor']
 
-# %% ../../nbs/live/83_executor.ipynb #838ed863
+# %% ../../nbs/live/83_executor.ipynb #a99ed05f
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,7 +14,7 @@ from ..domain import StopTrading
 from .account import Account, cancel_order, fills, open_orders, order_by_client_id, order_history, place_order, position
 from .journal import Journal, Row, entry_of
 from .orders import faults, recover, step
-from ..trading.intents import SECOND, Answered, Ask, Cancel, Effect, Entry, Event, Question, Record, Refused, Report, Rules, Send, SendResult, State, Tick
+from ..trading.intents import Answered, Ask, Cancel, Effect, Entry, Event, Question, Record, Refused, Report, Rules, Send, SendResult, State
 from ..trading.messages import Answer, CouldNotAsk
 
 # %% ../../nbs/live/83_executor.ipynb #33f61ada

@@ -28,7 +28,7 @@ from ..trading.messages import Answer
 from ..trading.pilot import Breakers, Seen, absent, decide_close, first_breakers, look, next_breakers, order_for
 from ..trading.risk import OPEN, RiskLimits
 
-# %% ../../nbs/live/84_flight.ipynb #85919826
+# %% ../../nbs/live/84_flight.ipynb #54c900ca
 @dataclass(slots=True)
 class Trip:
     "From flat to flat in one symbol; the second half is empty while it is open."
@@ -56,28 +56,28 @@ def price_of(
     return float(sum(Decimal(fill["price"]) * fill["size"] for fill in fills) / sum(fill["size"] for fill in fills))
 
 def read_trips(
-    entries: Iterable[Entry],  # of the journal, in order
+    entries: Iterable[Entry],  # of the journal
 ) -> list[tuple[str, Trip]]:   # symbol and trip, in the order they began
     "All trips of a journal, the open ones included."
-    decisions: dict[str, Mapping[str, Any]] = {}
-    intents: dict[str, Mapping[str, Any]] = {}
-    running, trips = dict[str, Trip](), list[tuple[str, Trip]]()
+    bodies: dict[str, dict[str, Mapping[str, Any]]] = {"decision": {}, "intent": {}, "fill": {}}
     for entry in entries:
-        if entry.kind == "decision":
-            decisions[entry.key] = entry.body
-        elif entry.kind == "intent":
-            intents[entry.key] = entry.body
-        elif entry.kind == "fill":
-            fill, symbol = {**entry.body, "decided": intents.get(entry.body["owner"], {}).get("reason", "")}, entry.body["symbol"]
-            side = 1 if fill["side"] == "buy" else -1
-            trip = running.get(symbol)
-            if trip is None:
-                trip = running[symbol] = Trip(decisions.get(fill["decided"], {}), side)
-                trips.append((symbol, trip))
-            (trip.entries if side == trip.side else trip.exits).append({**fill, "why": decisions.get(fill["decided"], {}).get("reason", "")})
-            if trip.open_size == 0:
-                del running[symbol]
+        bodies.get(entry.kind, {})[entry.key] = entry.body
+    running, trips = dict[str, Trip](), list[tuple[str, Trip]]()
+    for fill in sorted(bodies["fill"].values(), key=lambda fill: (fill["time_us"], _leaves(fill, bodies["intent"]))):
+        symbol, side = fill["symbol"], 1 if fill["side"] == "buy" else -1
+        decision = bodies["decision"].get(bodies["intent"].get(fill["owner"], {}).get("reason", ""), {})
+        trip = running.get(symbol)
+        if trip is None:
+            trip = running[symbol] = Trip(decision, side)
+            trips.append((symbol, trip))
+        (trip.entries if side == trip.side else trip.exits).append({**fill, "why": decision.get("reason", "")})
+        if trip.open_size == 0:
+            del running[symbol]
     return trips
+
+def _leaves(fill: Mapping[str, Any], intents: Mapping[str, Mapping[str, Any]]) -> bool:
+    "Whether a fill closes; at one moment what opens comes first, in whatever order the exchange tells them."
+    return bool(intents.get(fill["owner"], {"reduce_only": True})["reduce_only"])
 
 # %% ../../nbs/live/84_flight.ipynb #dadef445
 @dataclass
