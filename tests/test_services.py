@@ -169,7 +169,7 @@ def test_swapped_model_is_refused(folder, file, name):
             assert fresh.post({})[0] == 503 and fresh.get("/health/startup")[0] == 503 and fresh.get("/health/live")[0] == 200
 
 
-@pytest.mark.parametrize("spoil", ["nothing", "truncated", "link", "no manifest"])
+@pytest.mark.parametrize("spoil", ["nothing", "truncated", "link", "no manifest", "no data"])
 def test_missing_or_broken_models_are_not_guessed(folder, spoil):
     """Not ready, 503, a clear code; and ready after the cure and a signal."""
     victim, kept = folder / "hmm_model_SOLUSD.pkl", folder.parent / "kept"
@@ -181,6 +181,10 @@ def test_missing_or_broken_models_are_not_guessed(folder, spoil):
     elif spoil == "link":
         victim.unlink()
         victim.symlink_to(kept / victim.name)
+    elif spoil == "no data":
+        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest["files"]["hmm_model_SOLUSD.pkl"].pop("data")
+        (folder / "manifest.json").write_text(json.dumps(manifest))
     else:
         (folder / "manifest.json").unlink()
     with running("hmm-detector", models=folder) as service:
