@@ -1,6 +1,7 @@
 """The services as real processes: the backtest's bits, signals under load, swapped models, slow callers, secrets, start-up."""
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -98,6 +99,26 @@ def test_sigterm_finishes_what_has_begun(market, times):
         crowd = under_load(service, sample(market.candles["BTCUSD"]), lambda: service.process.send_signal(signal.SIGTERM))
         assert service.process.wait(12) == 0
     assert crowd.broken == 0 and set(crowd.statuses) == {200} and len(crowd.seconds) > 50
+
+
+SLOW_START = ("import signal, sys, time; from delta_go.serving import detect_regime, server; whole = detect_regime.create_app; "
+              "detect_regime.create_app = lambda settings: (print('loading', flush=True), time.sleep(1), whole(settings))[2]; server.main()")
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGHUP])
+def test_signal_while_models_load(tmp_path, sent):
+    """A stop is a stop and no crash; a reload is done when there is something to reload."""
+    log = tmp_path / "log"
+    with running("hmm-detector", code=SLOW_START, log=log, wait=False) as service:
+        assert until(lambda: "loading" in log.read_text())
+        workers = service.workers()
+        service.process.send_signal(sent)
+        if sent == signal.SIGTERM:
+            assert service.process.wait(8) == 0
+        else:
+            wait_ready(service)
+            assert service.workers() == workers and service.get()[0] == 200
+    assert "Exception" not in log.read_text()
 
 
 def test_idle_service_stops_at_once():
@@ -263,6 +284,62 @@ def test_what_is_no_http_is_refused_in_the_same_form():
         for raw, status in ((b"nonsense\r\n\r\n", 400), (b"GET /" + b"a" * 5_000 + b" HTTP/1.1\r\n\r\n", 414), (b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 80 + b"\r\n", 431)):
             answered, body = talk(service.port, raw)
             assert answered == status and json.loads(body)["status"] == status
+
+
+def test_callers_who_do_not_hang_up_delay_nobody():
+    """An answer was the last one, and the caller keeps the connection open: that is the poller's affair, not the service's."""
+    with running("trade-predictor") as service:
+        sockets = [socket.create_connection(("127.0.0.1", service.port), timeout=10) for _ in range(10)]
+        for sock in sockets:
+            sock.sendall(b"GET /health/live HTTP/1.1\r\nHost: here\r\nConnection: close\r\n\r\n")
+        began = time.monotonic()
+        assert [sock.recv(12) for sock in sockets] == [b"HTTP/1.1 200"] * 10 and service.get()[0] == 200
+        assert time.monotonic() - began < 1.5
+        worker = service.workers()[0]
+        open_files = len(os.listdir(f"/proc/{worker}/fd"))
+        assert until(lambda: len(os.listdir(f"/proc/{worker}/fd")) <= open_files - 10, 8)
+        for sock in sockets:
+            sock.close()
+
+
+def test_callers_who_never_read_hold_no_thread():
+    """Many requests in one packet and nobody who takes the answers: each connection is left after its time."""
+    with running("trade-predictor", environ={"SERVICE_BODY_SECONDS": "0.5"}) as service:
+        sockets = []
+        for _ in range(2):
+            sock = socket.socket()
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
+            sock.connect(("127.0.0.1", service.port))
+            sock.settimeout(0.5)
+            with contextlib.suppress(TimeoutError):
+                sock.sendall(b"GET /openapi.json HTTP/1.1\r\n\r\n" * 1_500)
+            sockets.append(sock)
+        time.sleep(2)
+        assert until(lambda: service.get()[0] == 200)
+        for sock in sockets:
+            sock.close()
+
+
+def test_silent_connections_do_not_delay_the_stop():
+    """Nobody has asked, so nothing is owed."""
+    with running("trade-predictor", environ={"SERVICE_BODY_SECONDS": "30"}) as service:
+        sockets = [socket.create_connection(("127.0.0.1", service.port), timeout=10) for _ in range(3)]
+        time.sleep(0.3)
+        service.process.send_signal(signal.SIGTERM)
+        assert service.process.wait(6) == 0
+        for sock in sockets:
+            sock.close()
+
+
+def test_what_never_reaches_the_app_is_counted(market):
+    """An overload and broken requests show in the metrics as well."""
+    with running("hmm-detector", environ={"SERVICE_THREADS": "1", "SERVICE_QUEUE": "1"}) as service:
+        crowd = drive(service.port, sample(market.candles["BTCUSD"]), 30, 1.0)
+        assert until(lambda: service.get()[0] == 200)
+        assert talk(service.port, b"nonsense\r\n\r\n")[0] == 400
+        numbers = dict(line.rsplit(" ", 1) for line in service.get("/metrics")[1].decode().splitlines() if not line.startswith("#"))
+    assert float(numbers['delta_go_refused_total{code="busy"}']) >= crowd.statuses[503] > 0
+    assert numbers['delta_go_refused_total{code="malformed_http"}'] == "1.0"
 
 
 # Secrets, processes, start-up -----------------------------------------------------------------------------------------------

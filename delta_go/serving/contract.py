@@ -26,9 +26,9 @@ from ..domain import REGIMES, DeltaGoError, Regime
 from ..learning.predictor import BOUNDS, PREDICTOR_FEATURES
 from ..market.candles import COLUMNS, FAULT_KINDS, Candles, find_faults, resolution_of
 
-# %% ../../nbs/serving/60_contract.ipynb #a1587902
+# %% ../../nbs/serving/60_contract.ipynb #225da3e9
 CODES: dict[str, int] = {  # code: HTTP status
-    "malformed_json": 400, "malformed_body": 400, "duplicate_key": 400, "not_an_object": 400,
+    "malformed_http": 400, "bad_request": 400, "malformed_json": 400, "malformed_body": 400, "duplicate_key": 400, "not_an_object": 400,
     "unauthenticated": 401, "forbidden": 403, "not_found": 404, "method_not_allowed": 405, "timeout": 408,
     "too_large": 413, "unsupported_media_type": 415,
     "invalid_value": 422, "unknown_field": 422, "missing_field": 422, "wrong_type": 422,

@@ -86,7 +86,7 @@ def leaves_much(
     "Is more left than a server should read only to throw it away? Then the connection must end with the answer."
     return "Transfer-Encoding" in incoming.headers or (incoming.content_length or 0) > CHUNK // 2
 
-# %% ../../nbs/serving/65_service.ipynb #e4350e1b
+# %% ../../nbs/serving/65_service.ipynb #a9046147
 LOG = logging.getLogger("delta_go.serving")
 OPEN_HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
 
@@ -120,6 +120,11 @@ class Service:
         "From now on not ready; what has begun is finished."
         self.stopping = True
         self.metrics.ready.set(0)
+
+    def turned_away(self, problem: Problem) -> None:
+        "Count what the server refused before it became a request here."
+        self.metrics.refuse(problem.code)
+        self.metrics.requests.labels(OTHER, OTHER, str(problem.status)).inc()
 
     def enter(self) -> None:
         "Before every request: give it a name, ask for its caller."
