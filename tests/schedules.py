@@ -93,12 +93,12 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 COMBINATIONS = 1
 for _choices in CHOICES.values():
     COMBINATIONS *= len(_choices)
-STRIDE = 58_757  # has no divisor in common with COMBINATIONS: seeds walk through all of them, early ones far apart
+_ORDER = random.Random(0).sample(range(COMBINATIONS), COMBINATIONS)
 
 
 def switches_of(seed: int) -> Switches:
     """The seed's answers; COMBINATIONS seeds in a row have every combination once."""
-    number, chosen = seed * STRIDE % COMBINATIONS, {}
+    number, chosen = _ORDER[seed % COMBINATIONS], {}
     for name, choices in CHOICES.items():
         number, place = divmod(number, len(choices))
         chosen[name] = choices[place]
@@ -157,6 +157,7 @@ class Exchange:
         self.outages: list[tuple[int, int]] = []   # nothing gets through
         self.absences: list[tuple[int, int]] = []  # nobody is there
         self.on_accept: Callable[[OrderRequest], None] = lambda request: None
+        self._lag_now = self._lag_until = 0
         self._ids = itertools.count(1)
 
     def size(self, symbol: str) -> int:
@@ -330,12 +331,19 @@ class Exchange:
             found = order
         return found
 
+    def _lag(self) -> int:
+        """All answers come from one copy of the exchange's books, which stays behind for a while and catches up again."""
+        if self.switches.lag and self.world.now >= self._lag_until:
+            self._lag_now = int(self.world.chance.choice((0.0, self.world.chance.uniform(0, self.switches.lag), self.switches.lag - 0.1)) * SECOND)
+            self._lag_until = self.world.now + int(self.world.chance.uniform(5, 15) * SECOND)
+        return self._lag_now
+
     def answer(self, question: Question) -> Answer[Any]:
         kind, about = question.key
-        lag = self.world.chance.uniform(0, self.switches.lag) if self.switches.lag else 0.0
+        lag = self._lag()
         if kind == "position" and self.switches.position_lags:
-            lag = self.world.chance.uniform(0, 10)
-        moment = self.world.now - int(lag * SECOND)
+            lag = max(lag, int(self.world.chance.uniform(0, 10) * SECOND))
+        moment = self.world.now - lag
         if kind == "position":
             return Answer(Position(about, next(size for since, size in reversed(self.positions[about]) if since <= moment)))
         if kind == "fills":
@@ -354,19 +362,19 @@ class Network:
     def __init__(self, world: World, exchange: Exchange):
         self.world, self.exchange = world, exchange
         self.rate = world.chance.choice((0.05, 0.15, 0.3, 0.6))  # how bad this schedule is
-        self.stream_rate = world.chance.choice((0.0, 0.1, 0.5))
+        self.stream_rate = world.chance.choice((0.0, 0.1, 0.5, 1.0))  # 1: it says nothing at all
         for _ in range(world.chance.choice((0, 0, 1, 2))):
             begin = world.now + int(world.chance.uniform(0, 45) * SECOND)
-            exchange.outages.append((begin, min(begin + int(world.chance.uniform(1, 12) * SECOND), world.end_of_faults)))
+            exchange.outages.append((begin, min(begin + int(world.chance.choice((world.chance.uniform(1, 12), world.chance.uniform(12, 30))) * SECOND), world.end_of_faults)))
 
-    def _down(self) -> bool:
+    def down(self) -> bool:
         return any(begin <= self.world.now < end for begin, end in self.exchange.outages)
 
     def send(self, request: OrderRequest, stamp: int, reply: Callable[[Any], None]) -> None:
         """One attempt to send an order."""
         world, chance = self.world, self.world.chance
         there, back = chance.uniform(0.01, 0.3), chance.uniform(0.01, 0.3)
-        if self._down():
+        if self.down():
             return world.after(there, reply, NotSent("the name could not be resolved"))
         if not world.odds(self.rate):
             return world.after(there, self._deliver, request, stamp, partial(world.after, back, reply))
@@ -379,7 +387,7 @@ class Network:
             world.after(6, reply, lost)
         elif fault == "late":
             world.after(6, reply, lost)
-            world.after(chance.uniform(1, 30), self._deliver, request, stamp, lambda outcome: None)
+            world.after(chance.choice((chance.uniform(1, 7), chance.uniform(1, 30))), self._deliver, request, stamp, lambda outcome: None)
         elif fault == "reply lost":
             world.after(6, reply, lost)
             world.after(there, self._deliver, request, stamp, lambda outcome: None)
@@ -404,14 +412,14 @@ class Network:
         reply(first if first_heard else second)
 
     def cancel(self, order_id: int) -> None:
-        if self._down() or self.world.odds(self.rate / 2):
+        if self.down() or self.world.odds(self.rate / 2):
             self.exchange.blind(3)
         else:
             self.world.after(self.world.chance.uniform(0.01, 2 if self.world.busy else 0.3), self.exchange.cancel, order_id)
 
     def ask(self, question: Question, reply: Callable[[Any], None]) -> None:
         chance = self.world.chance
-        if self._down() or self.world.odds(self.rate / 2):
+        if self.down() or self.world.odds(self.rate / 2):
             slow, wait = chance.uniform(0.01, 3), chance.choice((0.0, 0.0, 2.0))
             self.exchange.blind(slow + max(wait, 8))  # and it will be asked again later
             return self.world.after(slow, reply, CouldNotAsk("no answer", wait))
@@ -586,7 +594,7 @@ class Bot:
         self._stream += 1
         if self.exchange.switches.restart_sequence and world.odds(0.01):
             self._stream = 1
-        if world.odds(rate / 2):
+        if world.odds(rate if rate == 1 else rate / 2) or self.network.down():
             return self.exchange.blind(5)  # until the next listing
         for _ in range(2 if world.odds(rate / 4) else 1):
             world.after(world.chance.uniform(0.01, 3 if world.odds(rate) else 0.1), self._streamed, self._stream, news, self.life)
@@ -852,6 +860,10 @@ def _only_halted(blocked: Any) -> Any:
     return lambda state, symbol, now: state.books.halted
 
 
+def _only_held(exposure: Any) -> Any:
+    return lambda books, symbol: abs(books.held.get(symbol, 0))
+
+
 SHELL = ("blind retry", "a timeout is a refusal", "429 is a refusal", "no answer is absence", "an unguarded clock", "the stop comes later", "an exit that may open")
 PLANTS: dict[str, dict[str, Callable[[Any], Any]]] = {
     **{name: {} for name in SHELL},  # these lie in what surrounds the protocol: see Bot
@@ -867,7 +879,7 @@ PLANTS: dict[str, dict[str, Callable[[Any], Any]]] = {
     "over before its fills are known": {"_close": _over_at_once},
     "unknown fills are foreign": {"_sort_fills": _foreign_at_once},
     "nobody looks for the stop": {"_protect": lambda _: lambda turn, symbol: None},
-    "entries while in doubt": {"intents.blocked": _only_halted},
+    "entries while in doubt": {"intents.blocked": _only_halted, "intents.exposure": _only_held},
     "undocumented refusals are final": {"DEFINITE": lambda known: known | {"duplicate_client_order_id"}},
     "a lost cancel is believed": {"_may": lambda may: lambda turn, what, pause=0: what not in turn.state.tried and may(turn, what)},
 }

@@ -1,6 +1,9 @@
 """Ten thousand schedules of faults, and the proof that they would find something."""
 from __future__ import annotations
 
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
 import pytest
 
 from delta_go.live.journal import read_journal
@@ -25,14 +28,6 @@ def test_a_planted_fault_is_found(plant):
     assert caught(plant, range(1_000)) is not None
 
 
-def test_nothing_is_found_where_nothing_is_planted():
-    assert caught_nothing(range(300))
-
-
-def caught_nothing(seeds: range) -> bool:
-    return all(not play(seed)[2].faults for seed in seeds)
-
-
 def test_trying_again_is_wrong_more_often_than_not():
     assert sum(bool(play_naive(seed)) for seed in range(400)) > 200
 
@@ -51,14 +46,16 @@ def test_seeds_walk_through_every_combination():
         assert {getattr(switches, name) for switches in early} == set(choices)
 
 
-def test_the_journal_in_memory_is_the_one_on_disk(tmp_path):
-    for seed in range(200):
-        in_memory = play(seed)[2]
-        path = tmp_path / f"{seed}.sqlite"
-        on_disk = play(seed, journal=FileJournal(path))[2]
-        assert in_memory.faults == on_disk.faults == []
-        assert [row.hash for row in in_memory.journal.rows] == [row.hash for row in on_disk.journal.rows] == [row.hash for row in read_journal(path)]
-        on_disk.journal.close()
+def test_the_journal_in_memory_is_the_one_on_disk():
+    memory = Path("/dev/shm")  # as good as a disk for this, and never slow
+    with TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
+        for seed in range(200):
+            in_memory, path = play(seed)[2], Path(folder) / f"{seed}.sqlite"
+            on_disk = play(seed, journal=FileJournal(path))[2]
+            assert in_memory.faults == on_disk.faults == []
+            assert [row.hash for row in in_memory.journal.rows] == [row.hash for row in on_disk.journal.rows] == [row.hash for row in read_journal(path)]
+            on_disk.journal.close()
+            path.with_suffix(".reserve").unlink()
 
 
 def test_the_command_says_what_it_found(capsys):
