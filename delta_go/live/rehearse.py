@@ -123,7 +123,7 @@ def stage(
         services = [stack.enter_context(child(["-c", start, name], {**told, "PORT": str(port)}, answers_at(f"http://127.0.0.1:{port}")))
                     for name, port in zip(("hmm-detector", "trade-predictor"), ports)]
         exchange = stack.enter_context(child(exchange_words(rehearsal, symbols, resolution), {}, says_where))
-        yield exchange, *services
+        yield exchange, services[0], services[1]
 
 def free_ports(
     count: int,
