@@ -214,7 +214,8 @@ def swap_field(draft: Draft) -> None:
 def odd_name(draft: Draft) -> None:
     """A symbol, regime or resolution that is no name."""
     name = draft.dice.choice(("symbol", "regime") if draft.service == "trade-predictor" else ("symbol", "resolution"))
-    draft.document[name] = draft.dice.choice(NO_NAMES)
+    others = ("DOGEUSD", "btcusd", "2h", "1H", "60m", "1h ") if draft.service == "hmm-detector" else ()
+    draft.document[name] = draft.dice.choice((*NO_NAMES, *others))
     draft.now("odd name", BAD)
 
 
