@@ -78,7 +78,7 @@ ODD_NUMBERS = tuple(map(literal, (
     "1" + "0" * 300, "3." + "0" * 300 + "1", "-1", "1e5", "0.1000000000000000055511151231257827021181583404541015625", "1e-400000000000000000000", "0e999999999")))
 NO_NAMES = ("", "x" * 33, "x" * 100_000, CANARY, "\ud800", "BTC USD", "BTCUSD\0", "\u0411\u0422\u0426", "../../etc/passwd", "<script>alert(1)</script>", "BTCUSD\n", "\U0001f600",
             "%s%n", "{{7*7}}", "' OR 1=1 --", "\u202eDSUCTB", "$.close[0]", "BTCUSD` - at `$.open")
-NO_FIELDS = ("rsi ", "Open", "", "symbol\0", "__proto__", "constructor", "a" * 1_000, CANARY, "\ud83d", "\u00e9", "$.close[0]", "` - at `$.close[7]", "requests[0]", "open/0", "~0~1",
+NO_FIELDS = ("rsi ", "Open", "", "symbol\0", "__proto__", "constructor", "a" * 1_000, CANARY, "\ud83d", "\u00e9", "$.close[0]", "` - at `$.close[7]", " - at `$.close[7]", "x - at `$.rsi", "requests[0]", "open/0", "~0~1",
              "Request", "closes", "x` - at `$.requests[3]", "\n", "\\", '"', "requests ", "a" * 40, "a" * 41)
 NO_STAMPS = (-1, 1.5, 10**11, 10**12, 2**63 - 1, 2**63, -2**63, 2**64, "0", None, True)
 

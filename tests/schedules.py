@@ -62,7 +62,7 @@ SECOND = 1_000_000
 SYMBOLS = ("BTCUSD", "ETHUSD")
 PRICE = {"BTCUSD": Decimal(60_000), "ETHUSD": Decimal(3_000)}
 RULES = Rules({"BTCUSD": Decimal("0.001"), "ETHUSD": Decimal("0.01")}, {"BTCUSD": 12, "ETHUSD": 12}, Decimal(1_000), entries_a_minute=5)
-BUSY, QUIET = 50 * SECOND, 38 * SECOND  # a schedule has faults in the first part and none in the second
+BUSY, QUIET = 45 * SECOND, 38 * SECOND  # a schedule has faults in the first part and none in the second
 NAKED = 5 * SECOND                      # how long a position may lie without a stop, while calls are answered and answers are fresh
 
 
@@ -364,7 +364,7 @@ class Network:
         self.rate = world.chance.choice((0.05, 0.15, 0.3, 0.6))  # how bad this schedule is
         self.stream_rate = world.chance.choice((0.0, 0.1, 0.5, 1.0))  # 1: it says nothing at all
         for _ in range(world.chance.choice((0, 0, 1, 2))):
-            begin = world.now + int(world.chance.uniform(0, 45) * SECOND)
+            begin = world.now + int(world.chance.uniform(0, 40) * SECOND)
             exchange.outages.append((begin, min(begin + int(world.chance.choice((world.chance.uniform(1, 12), world.chance.uniform(12, 30))) * SECOND), world.end_of_faults)))
 
     def down(self) -> bool:
@@ -578,7 +578,7 @@ class Bot:
     def _set_alarm(self) -> None:
         if self.state is None:
             return
-        at = max(self.state.wake_us - self.error, self.world.now + SECOND // 20)
+        at = max(self.state.wake_us - self.error, self.world.now + SECOND // 10)
         if not self.world.now < self._tick_at <= at:
             self._tick_at = at
             self.world.at(at, self._ring, self.life, at)
@@ -667,17 +667,17 @@ def play(seed: int, plants: frozenset[str] = frozenset(), log: bool = False, jou
     bot = Bot(world, exchange, Network(world, exchange), journal or MemoryJournal(), plants)
     chance, start = world.chance, world.now
     moment = 2.0
-    while (moment := moment + chance.uniform(1, 8)) < BUSY / SECOND:
+    while (moment := moment + chance.uniform(1, 7)) < BUSY / SECOND:
         world.after(moment, wish, world, bot)
     for _ in range(chance.choice((0, 1, 2, 3))):
-        world.after(chance.uniform(5, 55), exchange.trigger, chance.choice(SYMBOLS))
+        world.after(chance.uniform(5, 48), exchange.trigger, chance.choice(SYMBOLS))
     if chance.random() < 0.15:
-        world.after(chance.uniform(5, 48), exchange.deadman)
+        world.after(chance.uniform(5, 43), exchange.deadman)
     if chance.random() < 0.15:
-        world.after(chance.uniform(5, 44), disturb_clock, world, bot)
+        world.after(chance.uniform(5, 39), disturb_clock, world, bot)
     if kill := chance.random() < 0.2:
-        world.after(chance.uniform(5, 48), kill_switch, world, bot)
-    world.run(start + BUSY + QUIET // 3)
+        world.after(chance.uniform(5, 43), kill_switch, world, bot)
+    world.run(start + BUSY + QUIET // 4)
     while world.now < start + BUSY + QUIET and not settled(exchange, bot, kill):
         world.run(world.now + 4 * SECOND)
     judge(world, exchange, bot, kill)
@@ -793,7 +793,7 @@ def play_naive(seed: int) -> list[str]:
     exchange = Exchange(world, switches_of(seed))
     naive = Naive(world, Network(world, exchange))
     moment, start = 2.0, world.now
-    while (moment := moment + world.chance.uniform(1, 8)) < BUSY / SECOND:
+    while (moment := moment + world.chance.uniform(1, 7)) < BUSY / SECOND:
         world.after(moment, naive.wish)
     world.run(start + BUSY + QUIET)
     twice = [f"{name} exists {len(ids)} times" for name, ids in exchange.named.items() if len(ids) > 1]

@@ -26,7 +26,7 @@ LIMITS = RiskLimits()
 
 def columns(market, payments, models, policy):
     """The backtest of a market."""
-    plans = {s: make_plan(read_market(bars, models.regimes[s], payments[s]), models.predictor if policy == "gate" else None) for s, bars in market.items()}
+    plans = {s: make_plan(read_market(bars, models.regimes[s], payments[s]), models.predictor) for s, bars in market.items()}
     return run_backtest(build_tape(market, plans, PRODUCTS, payments), LIMITS, policy=policy)
 
 

@@ -322,7 +322,7 @@ def _protect(turn: _Turn, symbol: str) -> None:
         if listing - state.naked[symbol] >= PATIENCE:
             _flatten(turn, symbol, "no stop at the exchange")
 
-# %% ../../nbs/live/76_orders.ipynb #e1c223f2
+# %% ../../nbs/live/76_orders.ipynb #a739013d
 def _drive(turn: _Turn) -> None:
     "Whatever is due now."
     state = turn.state
@@ -337,13 +337,17 @@ def _drive(turn: _Turn) -> None:
             _flatten(turn, symbol, state.books.halted)
             turn.want(OPEN, turn.now + SECOND)
             turn.want(("position", symbol), turn.now + SECOND)
-    waiting = {key: at for key, at in state.due.items() if key not in state.asked}
-    if waiting and min(waiting.values()) <= turn.now:
-        for key in [key for key, at in waiting.items() if at <= turn.now]:
-            del waiting[key]
-            state.due, state.asked = _without(state.due, key), {**state.asked, key: turn.now}
-            turn.effects.append(Ask(Question(key, turn.now, _since(state) if key in (HISTORY, FILLS) else 0)))
-    turn.wake(min(waiting.values(), default=state.wake_us))
+    ready, next_due = [], state.wake_us
+    for key, at in state.due.items():
+        if key not in state.asked:
+            if at <= turn.now:
+                ready.append(key)
+            elif at < next_due:
+                next_due = at
+    for key in ready:
+        state.due, state.asked = _without(state.due, key), {**state.asked, key: turn.now}
+        turn.effects.append(Ask(Question(key, turn.now, _since(state) if key in (HISTORY, FILLS) else 0)))
+    turn.wake(next_due)
 
 # %% ../../nbs/live/76_orders.ipynb #50a35a08
 LOOK_BACK = 60 * SECOND

@@ -82,7 +82,7 @@ def answers_at(
         raise DeltaGoError(f"the service at {address} is not ready; start it alone to see why")
     return wait
 
-# %% ../../nbs/live/85_rehearse.ipynb #4a2c3f59
+# %% ../../nbs/live/85_rehearse.ipynb #8a468ac8
 @dataclass(frozen=True, slots=True)
 class Rehearsal:
     "What to fly over."

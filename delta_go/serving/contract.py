@@ -155,9 +155,9 @@ class TradeBatch(Struct, forbid_unknown_fields=True):
 _REGIME, _REGIMES = msgspec.json.Decoder(RegimeRequest), msgspec.json.Decoder(RegimeBatch)
 _TRADE, _TRADES = msgspec.json.Decoder(TradeRequest), msgspec.json.Decoder(TradeBatch)
 
-# %% ../../nbs/serving/60_contract.ipynb #c0043b24
+# %% ../../nbs/serving/60_contract.ipynb #8a16ae91
 _PATH = re.compile(r"(.*?)(?: - at `\$([\w.\[\]]*)`)?", re.DOTALL)
-_UNKNOWN = re.compile(r"Object contains unknown field `(.*)`", re.DOTALL)
+_UNKNOWN = re.compile(r"Object contains unknown field `(.*?)`?", re.DOTALL)
 _TICK = re.compile(rb"`|\\u0060")  # a name with one could pass for the end of the decoder's sentence
 _MISSING = re.compile(r"Object missing required field `(\w+)`")
 _TYPES = re.compile(r"Expected `([^`]*)`, got `([^`]*)`")

@@ -97,7 +97,7 @@ def _post_outcome(books: Books, body: Mapping[str, Any]) -> Books:
     owners = {**books.owners, intent.order_id: name} if intent.order_id else books.owners
     return replace(books, intents={**books.intents, name: intent}, live=live, owners=owners)
 
-# %% ../../nbs/trading/49_intents.ipynb #f1c12622
+# %% ../../nbs/trading/49_intents.ipynb #0ba3267e
 def _post_fill(books: Books, fill_id: str, body: Mapping[str, Any]) -> Books:
     symbol, owner, signed = body["symbol"], body["owner"], body["size"] if body["side"] == "buy" else -body["size"]
     pile = books.foreign if owner == FOREIGN else books.held
@@ -105,8 +105,8 @@ def _post_fill(books: Books, fill_id: str, body: Mapping[str, Any]) -> Books:
     intents = books.intents
     if owner in intents:
         intents = {**intents, owner: replace(intents[owner], filled=intents[owner].filled + body["size"])}
-    books = replace(books, fills=books.fills | {fill_id}, intents=intents, fill_us=max(books.fill_us, body["time_us"]))
-    return replace(books, foreign=pile) if owner == FOREIGN else replace(books, held=pile)
+    held, foreign = (books.held, pile) if owner == FOREIGN else (pile, books.foreign)
+    return replace(books, fills=books.fills | {fill_id}, intents=intents, held=held, foreign=foreign, fill_us=max(books.fill_us, body["time_us"]))
 
 def post(
     books: Books,

@@ -23,13 +23,13 @@ from .messages import OrderRequest
 from .plan import permit
 from .risk import DAY, OPEN, RiskLimits, watch
 
-# %% ../../nbs/trading/48_pilot.ipynb #7697da19
+# %% ../../nbs/trading/48_pilot.ipynb #4bc0dde0
 @dataclass(frozen=True, slots=True)
 class Seen:
     "What is known of one symbol at a close, and what a ledger will want to know of it."
     proposal: Proposal
     max_bars: int = 0              # the strategy's longest holding
-    probability: float = np.nan    # the predictor's; NaN where it was not asked
+    probability: float = np.nan    # the predictor's; NaN where there was no signal
     words: str = ""                # the strategy's reason
     posterior: tuple[float, ...] = ()  # of the five regimes
 
@@ -38,7 +38,7 @@ def look(
     candles: Candles,     # closed, the last window or more; the last bar is the one that just closed
     adviser: Adviser,
     funding: tuple[np.ndarray, np.ndarray] = NO_FUNDING,  # times (seconds UTC) and rates known so far
-    gated: bool = True,   # False: every signal is permitted, the predictor is not asked
+    gated: bool = True,   # False: every signal is permitted, whatever the predictor says
     settings: StrategySettings = StrategySettings(),
 ) -> Seen:
     "One symbol at its close; whatever the adviser raises passes through."
@@ -53,11 +53,9 @@ def look(
         return Seen(Proposal(product, time, close, regime), posterior=posterior)
     words = REASONS[reading.signals.reason[-1]]
     signal = Signal(side, close, float(reading.signals.stop[-1]), float(reading.signals.target[-1]), float(reading.regimes.confidence[-1]), words)
-    permitted, probability = PERMIT, np.nan
-    if gated:
-        advice = adviser.probability(product.symbol, reading.inputs[-1])
-        probability, permitted = advice.probability, int(permit(np.array([advice.probability]), advice.threshold)[0])
-    return Seen(Proposal(product, time, close, regime, signal, permitted), int(reading.signals.max_bars[-1]), probability, words, posterior)
+    advice = adviser.probability(product.symbol, reading.inputs[-1])
+    permitted = int(permit(np.array([advice.probability]), advice.threshold)[0]) if gated else PERMIT
+    return Seen(Proposal(product, time, close, regime, signal, permitted), int(reading.signals.max_bars[-1]), advice.probability, words, posterior)
 
 # %% ../../nbs/trading/48_pilot.ipynb #8688a604
 def absent(
