@@ -222,6 +222,12 @@ def test_the_file_refuses_change_and_removal(path):
                 database.execute(change)
 
 
+def test_a_file_that_was_only_just_made_is_empty(path):
+    path.touch()
+    assert verify(path) == 0
+    assert [row.kind for row in open_journal(path, 1, "writer")[1]] == ["lease"]
+
+
 def test_not_a_journal(tmp_path):
     path = tmp_path / "bot.sqlite"
     path.write_bytes(b"something else entirely" * 500)

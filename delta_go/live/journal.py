@@ -85,14 +85,16 @@ def check_chain(
         before, epoch = row.hash, row.epoch
         yield row
 
-# %% ../../nbs/live/75_journal.ipynb #f2079983
+# %% ../../nbs/live/75_journal.ipynb #b2bad38d
 _TABLES = """
+BEGIN IMMEDIATE;
 CREATE TABLE IF NOT EXISTS journal (sequence INTEGER PRIMARY KEY, epoch INTEGER NOT NULL, time_us INTEGER NOT NULL,
     kind TEXT NOT NULL, key TEXT NOT NULL, body TEXT NOT NULL, hash TEXT NOT NULL, UNIQUE (kind, key)) STRICT;
 CREATE TABLE IF NOT EXISTS lease (one INTEGER PRIMARY KEY CHECK (one = 1), epoch INTEGER NOT NULL,
     sequence INTEGER NOT NULL, hash TEXT NOT NULL) STRICT;
 CREATE TRIGGER IF NOT EXISTS no_update BEFORE UPDATE ON journal BEGIN SELECT RAISE(ABORT, 'the journal only grows'); END;
 CREATE TRIGGER IF NOT EXISTS no_delete BEFORE DELETE ON journal BEGIN SELECT RAISE(ABORT, 'the journal only grows'); END;
+COMMIT;
 """
 _COLUMNS = "sequence, epoch, time_us, kind, key, body, hash"
 
@@ -108,7 +110,7 @@ def _rows(database: sqlite3.Connection, after: int = 0) -> Iterator[Row]:
     for values in database.execute(f"SELECT {_COLUMNS} FROM journal WHERE sequence > ? ORDER BY sequence", (after,)):
         yield Row(*values)
 
-# %% ../../nbs/live/75_journal.ipynb #d9e64a48
+# %% ../../nbs/live/75_journal.ipynb #b44608af
 def read_journal(
     path: Path,
     after: int = 0,  # rows with a higher number only
@@ -120,6 +122,8 @@ def read_journal(
     try:
         database = _connect(path, False)
         database.execute("BEGIN")
+        if not database.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+            return []  # whoever made the file died before it wrote anything
         rows = list(check_chain(_rows(database)))
         lease = database.execute("SELECT sequence, hash FROM lease").fetchone()
     except sqlite3.Error as error:

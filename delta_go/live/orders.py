@@ -31,15 +31,18 @@ class _Turn:
         self.effects: list[Effect] = []
 
     def record(self, kind: Kind, key: str, body: Mapping[str, Any]) -> None:
+        "Write something down, in the books and for the journal."
         self.entries.append(Entry(kind, key, body))
         self.state.books = post(self.state.books, self.entries[-1])
 
     def want(self, key: Key, at: int = 0) -> None:
+        "Ask this at a moment, or now; the earlier of two wins."
         due = self.state.due
         if (at := max(at, self.now)) < due.get(key, at + 1):
             self.state.due = {**due, key: at}
 
     def settle(self, name: str, status: Status, order_id: str = "", detail: str = "") -> None:
+        "Write down what became of an intent."
         self.record("outcome", f"{name}:{status}", {"client_order_id": name, "status": status, "order_id": order_id, "detail": detail})
         if status in FINAL:
             state = self.state
@@ -48,12 +51,14 @@ class _Turn:
             self.want(("position", state.books.intents[name].symbol))
 
     def halt(self, reason: str, flatten: bool = False) -> None:
+        "No entries from now on."
         books = self.state.books
         if not books.halted or flatten > books.flatten:
             self.record("halt", f"{books.epoch}:{self.now}:{flatten}", {"reason": reason, "flatten": flatten or books.flatten})
             self.effects.append(Report(f"halted: {reason}"))
 
     def wake(self, at: int) -> None:
+        "Be ticked by then."
         self.state.wake_us = min(self.state.wake_us, at)
 
 def _without(facts: Mapping[Any, Any], key: object) -> Mapping[Any, Any]:
