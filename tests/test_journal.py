@@ -99,9 +99,9 @@ def kill_writers(folder: Path, kills: int, seed: int) -> tuple[int, int]:
     return acknowledged, lost
 
 
-def test_two_hundred_kills(memory_path):
-    acknowledged, lost = kill_writers(memory_path, 200, 1)
-    assert acknowledged > 500 and lost == 0
+def test_a_hundred_kills(memory_path):
+    acknowledged, lost = kill_writers(memory_path, 100, 1)
+    assert acknowledged > 300 and lost == 0
 
 
 @pytest.mark.slow
