@@ -650,6 +650,7 @@ def disturb_clock(world: World, bot: Bot) -> None:
     life, jump = bot.life, world.chance.choice((-10, 10)) * SECOND
     bot.error += jump
     if "an unguarded clock" not in bot.plants:
+        bot.exchange.blind(3)  # nothing can be signed
         bot.hear(Clock(False), life)
         world.after(3, restore_clock, bot, life, jump)
 
@@ -657,6 +658,7 @@ def disturb_clock(world: World, bot: Bot) -> None:
 def restore_clock(bot: Bot, life: int, jump: int) -> None:
     if bot.life == life:
         bot.error -= jump
+        bot.exchange.look_again()
         bot.hear(Clock(True), life)
 
 
