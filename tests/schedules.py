@@ -597,7 +597,9 @@ class Bot:
         if world.odds(rate if rate == 1 else rate / 2) or self.network.down():
             return self.exchange.blind(5)  # until the next listing
         for _ in range(2 if world.odds(rate / 4) else 1):
-            world.after(world.chance.uniform(0.01, 3 if world.odds(rate) else 0.1), self._streamed, self._stream, news, self.life)
+            late = world.odds(rate)
+            self.exchange.blind(3 if late else 0)
+            world.after(world.chance.uniform(0.01, 3 if late else 0.1), self._streamed, self._stream, news, self.life)
 
     def _streamed(self, number: int, news: Order | Fill, life: int) -> None:
         if self.state is None or life != self.life:

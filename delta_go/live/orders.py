@@ -21,7 +21,7 @@ from delta_go.trading.intents import (
 from ..trading.messages import Accepted, CouldNotAsk, NotSent, Order, OrderRequest, Rejected, what_next
 from ..trading.news import FillSeen, Gap, OrderSeen, PositionSeen
 
-# %% ../../nbs/live/76_orders.ipynb #2e77f77e
+# %% ../../nbs/live/76_orders.ipynb #551cb1a0
 class _Turn:
     "One step while it happens."
     def __init__(self, state: State, now: int):
@@ -78,11 +78,12 @@ max_orders_count_exceeded immediate_execution_stop_order bracket_order_position_
 trading_blocked derivatives_trading_blocked kyc_pending trading_not_allowed_on_current_margin_mode bad_schema expired_signature signature_mismatch
 invalid_api_key ip_not_whitelisted_for_api_key unauthorized_api_access unauthorized forbidden"""))
 
-# %% ../../nbs/live/76_orders.ipynb #df2cb066
+# %% ../../nbs/live/76_orders.ipynb #210d82a5
 def _doubt(turn: _Turn, name: str, signed_at: int, reason: str) -> None:
     turn.settle(name, "unknown", detail=reason)
     turn.state.fences = {**turn.state.fences, name: signed_at * SECOND + FENCE}
-    turn.want(("order", name), turn.now + SECOND)
+    for key in (("order", name), ("position", turn.state.books.intents[name].symbol), FILLS):
+        turn.want(key, turn.now + SECOND)
 
 def _on_result(turn: _Turn, event: SendResult) -> None:
     name, outcome = event.client_order_id, event.outcome
@@ -162,7 +163,7 @@ def _sort_fills(turn: _Turn) -> None:
         turn.want(OPEN, turn.now + SECOND // 2)
         turn.want(HISTORY, turn.now + SECOND // 2)
 
-# %% ../../nbs/live/76_orders.ipynb #a1b5a7b9
+# %% ../../nbs/live/76_orders.ipynb #bd846f32
 UNEXPLAINED = 60 * SECOND
 
 def _on_position(turn: _Turn, symbol: str, size: int, asked_us: int) -> None:
@@ -183,7 +184,7 @@ def _on_listing(turn: _Turn, orders: Sequence[Order], asked_us: int) -> None:
     shown = {str(order.id) for order in state.listed}
     for name in state.books.live:
         intent = state.books.intents[name]
-        if intent.status == "open" and intent.order_id not in shown and asked_us >= state.seen.get(name, 0) + LAG and name not in state.over:
+        if intent.status == "open" and intent.order_id not in shown and asked_us >= state.seen.get(name, 0) and name not in state.over:
             turn.want(("order", name))
             turn.want(HISTORY)
 
@@ -257,7 +258,7 @@ def _on_wish(turn: _Turn, event: Place) -> None:
     else:
         _send(turn, event)
 
-# %% ../../nbs/live/76_orders.ipynb #2a9d76e0
+# %% ../../nbs/live/76_orders.ipynb #39c3a270
 def _conclude(turn: _Turn, name: str) -> None:
     "Bring a doubtful intent nearer to its end."
     state, symbol = turn.state, turn.state.books.intents[name].symbol
@@ -267,6 +268,7 @@ def _conclude(turn: _Turn, name: str) -> None:
     if turn.now < fence:
         if lookup not in state.due:
             turn.want(lookup, turn.now + 2 * SECOND)
+            turn.want(("position", symbol), turn.now + 2 * SECOND)
         return turn.wake(fence)
     ways: tuple[Key, ...] = (lookup, OPEN, HISTORY, FILLS, ("position", symbol))
     missing = [key for key in ways if state.answered.get(key, -1) < fence]
@@ -364,7 +366,7 @@ def _since(state: State) -> int:
     moments = [books.intents[name].made_us for name in books.live] + [at for symbol, at in newest.items() if books.held.get(symbol)]
     return max(0, min([books.fill_us or state.since_us, *moments]) - LOOK_BACK)
 
-# %% ../../nbs/live/76_orders.ipynb #a584c32c
+# %% ../../nbs/live/76_orders.ipynb #582b8cfc
 def _on_clear(turn: _Turn, event: Clear) -> None:
     if turn.state.books.halted:
         turn.record("halt", f"{turn.state.books.epoch}:{turn.now}:clear", {"reason": "", "flatten": False, "person": event.person})
@@ -386,6 +388,8 @@ def step(
             _on_answer(turn, event)
         case OrderSeen():
             _see(turn, event.order)
+            if not event.order.live and any(order.id == event.order.id for order in state.listed):
+                turn.want(OPEN)  # it may have been somebody's stop
         case FillSeen():
             turn.want(FILLS)
         case PositionSeen():
