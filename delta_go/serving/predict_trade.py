@@ -6,10 +6,9 @@
 __all__ = ['SAMPLE', 'PREDICTOR', 'row_of', 'doubts', 'wants_reasons', 'answer_trade', 'outcome_of', 'answer_trades', 'describe',
            'load', 'create_app', 'predict_trade']
 
-# %% ../../nbs/serving/67_predict_trade.ipynb #09edbc68
+# %% ../../nbs/serving/67_predict_trade.ipynb #5ee7116b
 import math
 from collections.abc import Mapping
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,8 @@ from ..learning.predictor import PREDICTOR_FEATURES, contributions, expected_ret
 from .access import ServiceSettings, read_settings
 from .contract import TradeAnswer, TradeRequest, encode, parse_trades, refusal
 from .describe import ServiceInfo
-from .detect_regime import model_card
-from .holder import Held, load_predictor
+from .holder import Held, load_predictor, model_card
 from .service import Asked, ModelService, Outcome, Service, as_function, make_app
-from .telemetry import configure_logging
 
 # %% ../../nbs/serving/67_predict_trade.ipynb #bf13cf9e
 def row_of(
@@ -116,21 +113,15 @@ def load(
 
 PREDICTOR = ModelService("trade-predictor", "/predict_trade", load, answer_trades, describe)
 
-# %% ../../nbs/serving/67_predict_trade.ipynb #dd3ddeb1
+# %% ../../nbs/serving/67_predict_trade.ipynb #a15e216f
 def create_app(
     settings: ServiceSettings | None = None,  # None reads the environment
 ) -> Flask:
     "The service as a WSGI app."
     return make_app(Service(PREDICTOR, settings or read_settings()))
 
-@lru_cache(maxsize=1)
-def _app() -> Flask:
-    settings = read_settings()
-    configure_logging(settings.log_level, settings.google_cloud_project)
-    return create_app(settings)
-
 def predict_trade(
     request: Request,
 ) -> Any: # a Flask response
     "The service as a Cloud Functions target."
-    return as_function(_app, request)
+    return as_function(PREDICTOR, request)

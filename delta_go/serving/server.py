@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BUSY', 'FULL', 'LINGER', 'GRACE', 'SERVICES', 'DeadlineSocket', 'PatientConnection', 'raw_problem', 'answer_raw',
            'broken_request', 'PartingWorker', 'SignalledWorker', 'BoundedWorker', 'ends_connections',
-           'ReloadingArbiter', 'PlainLogger', 'server_options', 'ModelServer', 'serve', 'main']
+           'ReloadingArbiter', 'PlainLogger', 'announce', 'server_options', 'ModelServer', 'serve', 'main']
 
 # %% ../../nbs/serving/68_server.ipynb #0fe37606
 import contextlib
@@ -280,12 +280,18 @@ def ends_connections(
         return app(environ, start)
     return answered
 
-# %% ../../nbs/serving/68_server.ipynb #df6b0910
+# %% ../../nbs/serving/68_server.ipynb #243d3a78
 class ReloadingArbiter(Arbiter):
-    "Gunicorn's master; a hang-up reloads models instead of processes."
+    "Gunicorn's master; a hang-up reloads models instead of processes, and there is never a second worker or master."
     def handle_hup(self) -> None:
         "SIGHUP to the worker."
         self.kill_workers(signal.SIGHUP)
+
+    def handle_ttin(self) -> None:
+        "No second worker: its metrics would be counted apart."
+
+    def handle_usr2(self) -> None:
+        "No second master."
 
 class PlainLogger(glogging.Logger):
     "Gunicorn's own words through our log."
@@ -295,8 +301,15 @@ class PlainLogger(glogging.Logger):
         self.error_log.propagate = True
         self.error_log.setLevel(logging.WARNING)
 
-# %% ../../nbs/serving/68_server.ipynb #21c1937b
+# %% ../../nbs/serving/68_server.ipynb #903068bd
 GRACE = 8  # seconds to finish what has begun
+
+def announce(
+    settings: ServiceSettings,
+    arbiter: Arbiter,
+) -> None:
+    "Say where it listens, once it does."
+    logging.getLogger("delta_go.serving").warning("listening on http://%s:%s, auth %s", settings.host, settings.port, settings.auth)
 
 def server_options(
     settings: ServiceSettings,
@@ -304,7 +317,7 @@ def server_options(
     "Gunicorn's settings for a service."
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     return {"bind": f"{host}:{settings.port}", "workers": 1, "worker_class": BoundedWorker, "threads": settings.threads, "worker_connections": 1_000,
-            "keepalive": 75, "timeout": 30, "graceful_timeout": GRACE, "logger_class": PlainLogger, "control_socket_disable": True,
+            "keepalive": 75, "timeout": 30, "graceful_timeout": GRACE, "logger_class": PlainLogger, "control_socket_disable": True, "when_ready": partial(announce, settings),
             "limit_request_line": 2_048, "limit_request_fields": 50, "limit_request_field_size": 8_190,
             "worker_tmp_dir": "/dev/shm" if Path("/dev/shm").is_dir() else None}
 
@@ -334,7 +347,7 @@ class ModelServer(BaseApplication):
         "Serve until told to stop."
         ReloadingArbiter(self).run()
 
-# %% ../../nbs/serving/68_server.ipynb #0544cd58
+# %% ../../nbs/serving/68_server.ipynb #b0a55d27
 SERVICES = {"hmm-detector": "detect_regime", "trade-predictor": "predict_trade"}
 
 def serve(
@@ -349,7 +362,6 @@ def serve(
     check_exposure(settings)
     configure_logging(settings.log_level, settings.google_cloud_project)
     room = import_module(f"delta_go.serving.{SERVICES[name]}")
-    logging.getLogger("delta_go.serving").warning("%s listens on http://%s:%s, auth %s", name, settings.host, settings.port, settings.auth)
     ModelServer(settings, room.create_app).run()
 
 def main() -> None:

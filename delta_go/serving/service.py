@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['Answer', 'CHUNK', 'LOG', 'OPEN_HEADERS', 'Outcome', 'Asked', 'ModelService', 'read_body', 'leaves_much', 'Service',
-           'refuse', 'refuse_http', 'refuse_unforeseen', 'live', 'ready', 'started', 'show_page', 'show_openapi',
-           'show_metrics', 'make_app', 'as_function']
+           'enter', 'question', 'leave', 'refuse', 'refuse_http', 'refuse_unforeseen', 'live', 'ready', 'started',
+           'show_page', 'show_openapi', 'show_metrics', 'make_app', 'function_app', 'as_function']
 
-# %% ../../nbs/serving/65_service.ipynb #efa94619
+# %% ../../nbs/serving/65_service.ipynb #55352fc4
 import logging
 import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from http import HTTPStatus
 from importlib.metadata import version
 from typing import Any
@@ -23,11 +23,11 @@ from flask import Flask, Response, g, request
 from werkzeug.exceptions import ClientDisconnected, HTTPException
 
 from ..domain import InputError
-from .access import ServiceSettings, authenticate, check_exposure
+from .access import ServiceSettings, authenticate, check_exposure, read_settings
 from .contract import MAX_BODY, Problem, check_media_type, encode, problem_body
 from .describe import ServiceInfo, openapi, page
 from .holder import Held, ModelHolder
-from .telemetry import OTHER, REDACTOR, ROUTES, STARS, Metrics, known, register_secret, request_id_of, trace_of
+from .telemetry import OTHER, REDACTOR, ROUTES, STARS, Metrics, configure_logging, known, register_secret, request_id_of, trace_of
 
 # %% ../../nbs/serving/65_service.ipynb #f0cfc0cb
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,7 @@ def leaves_much(
     "Is more left than a server should read only to throw it away? Then the connection must end with the answer."
     return "Transfer-Encoding" in incoming.headers or (incoming.content_length or 0) > CHUNK // 2
 
-# %% ../../nbs/serving/65_service.ipynb #a9046147
+# %% ../../nbs/serving/65_service.ipynb #82ecf335
 LOG = logging.getLogger("delta_go.serving")
 OPEN_HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
 
@@ -121,47 +121,60 @@ class Service:
         self.stopping = True
         self.metrics.ready.set(0)
 
+    def info(self) -> ServiceInfo:
+        "How it describes itself, with models or without."
+        return self.kind.describe(self.holder.get() if self.holder.ready else None)
+
     def turned_away(self, problem: Problem) -> None:
         "Count what the server refused before it became a request here."
         self.metrics.refuse(problem.code)
         self.metrics.requests.labels(OTHER, OTHER, str(problem.status)).inc()
 
-    def enter(self) -> None:
-        "Before every request: give it a name, ask for its caller."
-        headers: Any = request.headers
-        g.started, g.request_id, g.trace, g.code, g.service, g.read = time.perf_counter(), request_id_of(headers), trace_of(headers), "", self, False
-        self.metrics.in_flight.inc()
-        g.caller = authenticate(self.settings, request.path, headers, self.clock())
+# %% ../../nbs/serving/65_service.ipynb #b3357a97
+def enter(
+    service: Service,
+) -> None:
+    "Give a request its name, and ask for its caller."
+    headers: Any = request.headers
+    g.started, g.request_id, g.trace, g.code, g.service, g.read = time.perf_counter(), request_id_of(headers), trace_of(headers), "", service, False
+    service.metrics.in_flight.inc()
+    authenticate(service.settings, request.path, headers, service.clock())
 
-    def question(self) -> Response:
-        "A POST to be answered by the model."
-        check_media_type(request.headers.get("Content-Type"))
-        if not self.room.acquire(blocking=False):
-            raise Problem(503, "busy", "too many requests are waiting; ask again in a second", headers={"Retry-After": "1"})
-        try:
-            held, question = self.holder.get(), read_body(request)
-            g.read = True
-            body, outcomes = self.kind.answer(held, Asked(question, request.args, self.clock(), g.request_id))
-        finally:
-            self.room.release()
-        for outcome in outcomes:
-            self.metrics.answer(outcome.kind, outcome.probability)
-        return Response(body, mimetype="application/json")
+def question(
+    service: Service,
+) -> Response:
+    "A POST, answered by the model."
+    check_media_type(request.headers.get("Content-Type"))
+    if not service.room.acquire(blocking=False):
+        raise Problem(503, "busy", "too many requests are waiting; ask again in a second", headers={"Retry-After": "1"})
+    try:
+        held, asked = service.holder.get(), read_body(request)
+        g.read = True
+        body, outcomes = service.kind.answer(held, Asked(asked, request.args, service.clock(), g.request_id))
+    finally:
+        service.room.release()
+    for outcome in outcomes:
+        service.metrics.answer(outcome.kind, outcome.probability)
+    return Response(body, mimetype="application/json")
 
-    def leave(self, response: Response) -> Response:
-        "After every request: headers, numbers, one line of log."
-        response.headers.update({**OPEN_HEADERS, "X-Request-Id": g.request_id})
-        if not g.read and leaves_much(request):
-            response.headers["Connection"] = "close"
-        seconds = time.perf_counter() - g.started
-        self.metrics.in_flight.dec()
-        self.metrics.observe(request.path, request.method, response.status_code, seconds)
-        level = logging.ERROR if response.status_code >= 500 else logging.WARNING if response.status_code >= 400 else logging.INFO
-        if LOG.isEnabledFor(level):
-            LOG.log(level, "%s %s %s", request.method, known(request.path, ROUTES), response.status_code, extra={
-                "request_id": g.request_id, "trace_id": g.trace.trace_id, "span_id": g.trace.span_id, "latency": round(seconds, 6),
-                "status": response.status_code, "code": g.code, "service": self.kind.name})
-        return response
+# %% ../../nbs/serving/65_service.ipynb #22e0ec88
+def leave(
+    service: Service,
+    response: Response,
+) -> Response:
+    "After every request: headers, numbers, one line of log."
+    response.headers.update({**OPEN_HEADERS, "X-Request-Id": g.request_id})
+    if not g.read and leaves_much(request):
+        response.headers["Connection"] = "close"
+    seconds = time.perf_counter() - g.started
+    service.metrics.in_flight.dec()
+    service.metrics.observe(request.path, request.method, response.status_code, seconds)
+    level = logging.ERROR if response.status_code >= 500 else logging.WARNING if response.status_code >= 400 else logging.INFO
+    if LOG.isEnabledFor(level):
+        LOG.log(level, "%s %s %s", request.method, known(request.path, ROUTES), response.status_code, extra={
+            "request_id": g.request_id, "trace_id": g.trace.trace_id, "span_id": g.trace.span_id, "latency": round(seconds, 6),
+            "status": response.status_code, "code": g.code, "service": service.kind.name})
+    return response
 
 # %% ../../nbs/serving/65_service.ipynb #1901882b
 def refuse(
@@ -213,22 +226,20 @@ def started(
     service.holder.get()
     return Response(b'{"status":"started"}', mimetype="application/json")
 
-# %% ../../nbs/serving/65_service.ipynb #776aeb55
+# %% ../../nbs/serving/65_service.ipynb #9230e75e
 def show_page(
     service: Service,
 ) -> Response:
     "The page for a browser."
     nonce = secrets.token_urlsafe(16)
-    held = service.holder.get() if service.holder.ready else None
     policy = f"default-src 'none'; style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'; connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    return Response(page(service.kind.describe(held), nonce), mimetype="text/html", headers={"Content-Security-Policy": policy, "Referrer-Policy": "no-referrer"})
+    return Response(page(service.info(), nonce), mimetype="text/html", headers={"Content-Security-Policy": policy, "Referrer-Policy": "no-referrer"})
 
 def show_openapi(
     service: Service,
 ) -> Response:
     "The description for programs."
-    held = service.holder.get() if service.holder.ready else None
-    return Response(encode(openapi(service.kind.describe(held))), mimetype="application/json")
+    return Response(encode(openapi(service.info())), mimetype="application/json")
 
 def show_metrics(
     service: Service,
@@ -237,7 +248,7 @@ def show_metrics(
     body, kind = service.metrics.render()
     return Response(body, content_type=kind)
 
-# %% ../../nbs/serving/65_service.ipynb #328570a8
+# %% ../../nbs/serving/65_service.ipynb #1d1008aa
 def make_app(
     service: Service,
 ) -> Flask:
@@ -246,8 +257,8 @@ def make_app(
     app.debug = False
     app.url_map.merge_slashes = app.url_map.strict_slashes = False
     app.extensions["delta_go"] = service
-    app.before_request(service.enter)
-    app.after_request(service.leave)
+    app.before_request(partial(enter, service))
+    app.after_request(partial(leave, service))
     for kind, refusal in ((Problem, refuse), (HTTPException, refuse_http), (Exception, refuse_unforeseen)):
         app.register_error_handler(kind, refusal)
     gets: dict[str, Callable[[], Response]] = {
@@ -256,17 +267,26 @@ def make_app(
     for path, view in gets.items():
         app.add_url_rule(path, f"get {path}", view, methods=["GET"], provide_automatic_options=False)
     for path in ("/", service.kind.path):
-        app.add_url_rule(path, f"post {path}", service.question, methods=["POST"], provide_automatic_options=False)
+        app.add_url_rule(path, f"post {path}", partial(question, service), methods=["POST"], provide_automatic_options=False)
     return app
 
-# %% ../../nbs/serving/65_service.ipynb #f7db0063
+# %% ../../nbs/serving/65_service.ipynb #07cab615
+@lru_cache(maxsize=2)
+def function_app(
+    kind: ModelService,
+) -> Flask:
+    "The app that answers as a function: made once, from the environment, at the first request."
+    settings = read_settings()
+    configure_logging(settings.log_level, settings.google_cloud_project)
+    return make_app(Service(kind, settings))
+
 def as_function(
-    app: Callable[[], Flask],  # makes the app, or gives the one that was made
-    asked: Any,                # the request of another Flask app
-) -> Any:                      # a response for it
+    kind: ModelService,
+    asked: Any,  # the request of another Flask app
+) -> Any:        # a response for it
     "Answer a request that somebody else's server has received."
     try:
-        return Response.from_app(app().wsgi_app, asked.environ)
+        return Response.from_app(function_app(kind).wsgi_app, asked.environ)
     except InputError as error:
         LOG.error("refused to serve: %s", error)
         problem = Problem(503, "not_ready", "the service's settings do not allow it to serve; its log says which")
