@@ -257,6 +257,30 @@ def test_brackets_on_positions_and_their_edits():
     refused("immediate_execution_stop_order", edit, exchange, account, next(iter(account.live.values())), 3, stop_price=60_500.0)
 
 
+def bracket_of(account):
+    return {order.ticket.stop_kind: order.ticket.stop_price for order in account.live.values() if order.parent is not None}
+
+
+@pytest.mark.parametrize("stop, target", [(60_500.0, None), (None, 59_500.0), (58_000.0, 59_500.0), (60_500.0, 63_000.0)])
+@pytest.mark.parametrize("armed", [False, True])
+def test_a_bracket_that_would_fire_at_once_is_refused_whole(armed, stop, target):
+    exchange, account = desk()
+    entry = place(exchange, account, Ticket("BTCUSD", +1, 10, stop=59_000.0, target=62_000.0), 0)
+    if armed:
+        flat(exchange, 60_000.0)
+    before, told = (entry.ticket, bracket_of(account)), len(exchange.events)
+    refused("immediate_execution_stop_order", edit_bracket, exchange, account, entry, stop, target, 2)
+    assert (entry.ticket, bracket_of(account)) == before and len(exchange.events) == told
+
+
+def test_the_bracket_of_an_entry_that_waits_for_its_trigger_can_be_moved():
+    exchange, account = desk()
+    entry = place(exchange, account, Ticket("BTCUSD", +1, 10, stop_kind="stop_loss_order", stop_price=61_000.0, stop=59_000.0), 0)
+    edit_bracket(exchange, account, entry, 58_000.0, None, 1)
+    play(exchange, "BTCUSD", 2, 60_900.0, 61_100.0, 60_900.0, 61_100.0)
+    assert account.positions["BTCUSD"].size == 10 and bracket_of(account) == {"stop_loss_order": 58_000.0}
+
+
 def test_funding_is_charged_to_what_was_held_before_it():
     exchange, account = desk()
     place(exchange, account, Ticket("BTCUSD", +1, 100), 0)

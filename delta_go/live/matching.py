@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['Role', 'place', 'cancel', 'edit', 'place_bracket', 'edit_bracket', 'play', 'is_covered', 'watch_cover']
 
-# %% ../../nbs/live/73_matching.ipynb #a40e9282
+# %% ../../nbs/live/73_matching.ipynb #dc04a09e
 import math
 from dataclasses import replace
 from typing import Literal
 
-from ..market.accounts import Account, Cover, Event, Exchange, Fill, Order, Position, Refusal, Ticket, Trip, check_levels, check_market, check_order, legs_of
+from ..market.accounts import Account, Cover, Event, Exchange, Fill, Order, Position, Refusal, Ticket, Trip, check_bracket, check_levels, check_market, check_order, legs_of
 from ..market.venue import LIQUIDATION, NO_FILL, STOP_LOSS, bankruptcy_price, bar_fill, bracket_fill, fee, funding_cost, liquidation_price, slip
 
 # %% ../../nbs/live/73_matching.ipynb #7a7b3548
@@ -44,7 +44,7 @@ def place(
     order.first, order.rest_cancelled = first, rest_cancelled
     return order
 
-# %% ../../nbs/live/73_matching.ipynb #3d304343
+# %% ../../nbs/live/73_matching.ipynb #fe48c924
 def cancel(
     exchange: Exchange,
     account: Account,
@@ -82,7 +82,7 @@ def edit(
     if new.size <= filled:
         raise Refusal("order_already_filled")
     check_market(exchange, new)
-    check_levels(exchange, account, replace(new, stop=None, target=None))
+    check_levels(exchange, replace(new, stop=None, target=None))
     order.ticket, order.unfilled = new, new.size - filled
     _announce(exchange, account, order, now)
     return order
@@ -184,7 +184,7 @@ def _tidy(exchange: Exchange, account: Account, symbol: str, now: int) -> None:
             leg.ticket, leg.unfilled = replace(leg.ticket, size=leg.ticket.size - leg.unfilled + held.size), held.size
             _announce(exchange, account, leg, now)
 
-# %% ../../nbs/live/73_matching.ipynb #09942d89
+# %% ../../nbs/live/73_matching.ipynb #65e87264
 def place_bracket(
     exchange: Exchange,
     account: Account,
@@ -199,7 +199,9 @@ def place_bracket(
     held = account.positions.get(symbol)
     if held is None:
         raise Refusal("no_open_position")
-    check_levels(exchange, account, Ticket(symbol, held.side, held.size, stop=stop, target=target))
+    wanted = Ticket(symbol, held.side, held.size, stop=stop, target=target)
+    check_levels(exchange, wanted)
+    check_bracket(account, wanted)
     _add_leg(exchange, account, symbol, held.side, held.size, "stop_loss_order", stop, stop_limit, 0, now)
     _add_leg(exchange, account, symbol, held.side, held.size, "take_profit_order", target, target_limit, 0, now)
 
@@ -211,14 +213,14 @@ def edit_bracket(
     target: float | None,   # USD; None leaves it
     now: int,               # microseconds UTC
 ) -> Order:
-    "Move an entry's bracket, armed or not."
+    "Move an entry's bracket, armed or not; Refusal, and nothing moved, where a level would fire at once."
     legs = [leg for leg in account.live.values() if leg.parent == entry.id]
     if not legs and not entry.live:
         raise Refusal("open_order_not_found")
-    check_levels(exchange, account, replace(entry.ticket, stop_kind=None, post_only=False, ioc=False, stop=None, target=None))
-    entry.ticket = replace(entry.ticket, stop=stop or entry.ticket.stop, target=target or entry.ticket.target)
+    check_levels(exchange, Ticket(entry.ticket.symbol, entry.ticket.side, entry.ticket.size, stop=stop, target=target))
     for leg in legs:
         edit(exchange, account, leg, now, stop_price=stop if leg.ticket.stop_kind == "stop_loss_order" else target)
+    entry.ticket = replace(entry.ticket, stop=stop or entry.ticket.stop, target=target or entry.ticket.target)
     _announce(exchange, account, entry, now) if entry.live else None
     return entry
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MAKER_FEE', 'Answers', 'Refusal', 'Ticket', 'Order', 'Position', 'Trip', 'Fill', 'Cover', 'Account', 'Terms', 'Event',
            'Exchange', 'open_exchange', 'open_account', 'equity_of', 'margin_of', 'reserved_for', 'available_to',
-           'check_market', 'check_levels', 'legs_of', 'check_order']
+           'check_market', 'check_levels', 'legs_of', 'check_bracket', 'check_order']
 
 # %% ../../nbs/market/18_accounts.ipynb #680582d2
 import math
@@ -285,10 +285,9 @@ def _check_identity(exchange: Exchange, account: Account, ticket: Ticket) -> Non
     if rule == "rejected" and before or rule == "while_open" and any(order.live for order in before):
         raise Refusal("duplicate_client_order_id")
 
-# %% ../../nbs/market/18_accounts.ipynb #b26f2a23
+# %% ../../nbs/market/18_accounts.ipynb #90c2a020
 def check_levels(
     exchange: Exchange,
-    account: Account,
     ticket: Ticket,
 ) -> None:
     "Refuse prices on the wrong side of the last one."
@@ -301,8 +300,6 @@ def check_levels(
     levels = ((way, ticket.stop_price), (-side, ticket.stop), (side, ticket.target))
     if any(price is not None and direction * (price - last) <= 0 for direction, price in levels):
         raise Refusal("immediate_execution_stop_order")
-    if (ticket.stop is not None or ticket.target is not None) and legs_of(account, ticket.symbol):
-        raise Refusal("bracket_order_position_exists")
 
 def legs_of(
     account: Account,
@@ -310,6 +307,14 @@ def legs_of(
 ) -> list[Order]:
     "The bracket legs that wait behind a position."
     return [order for order in account.live.values() if order.parent is not None and order.ticket.symbol == symbol]
+
+def check_bracket(
+    account: Account,
+    ticket: Ticket,
+) -> None:
+    "Refuse a second bracket behind a position."
+    if (ticket.stop is not None or ticket.target is not None) and legs_of(account, ticket.symbol):
+        raise Refusal("bracket_order_position_exists")
 
 def _check_position(exchange: Exchange, account: Account, ticket: Ticket, now: int) -> None:
     held = account.positions.get(ticket.symbol)
@@ -333,5 +338,6 @@ def check_order(
     "Every reason to refuse a new order, in a fixed order."
     check_market(exchange, ticket)
     _check_identity(exchange, account, ticket)
-    check_levels(exchange, account, ticket)
+    check_levels(exchange, ticket)
+    check_bracket(account, ticket)
     _check_position(exchange, account, ticket, now)
