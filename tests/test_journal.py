@@ -17,16 +17,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from delta_go.domain import Decision, InputError, StopTrading
+from delta_go.domain import InputError, StopTrading
 from delta_go.live import journal as room
 from delta_go.live.journal import (
     START,
     Entry,
     chain,
     check_chain,
-    decision_entry,
     entry_of,
-    equity_entry,
     export_journal,
     open_journal,
     order_name,
@@ -252,11 +250,11 @@ def test_secrets_and_odd_values_are_refused(path):
 
 def test_export_is_the_journal(path, tmp_path):
     journal, _ = open_journal(path, 1, "writer")
-    journal.append([fill(1), decision_entry(Decision("BTCUSD", 5, "skip"), b"inputs", {"m": "1"}), equity_entry(5, 1e4, 1e4, 1e4, False)], 7)
+    journal.append([fill(1), Entry("decision", "BTCUSD:5", {"action": "skip", "models": {"m": "1"}}), Entry("equity", "5", {"equity": 1e4})], 7)
     assert export_journal(path, tmp_path / "out.jsonl") == 4
     lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [line["hash"] for line in lines] == [row.hash for row in read_journal(path)]
-    assert lines[2]["body"]["action"] == "skip" and len(lines[2]["body"]["inputs"]) == 64
+    assert [line["body"] for line in lines[1:]] == [{"price": "60000.5", "size": 1}, {"action": "skip", "models": {"m": "1"}}, {"equity": 1e4}]
     assert [row.sequence for row in read_journal(path, after=2)] == [3, 4]
 
 
@@ -276,7 +274,6 @@ def test_any_change_of_any_row_is_found(contents, data):
         list(check_chain(rows[:place] + harmed + rows[place + 1:]))
 
 
-
 @given(st.integers(0, 2**40 - 1), st.integers(0, 2**24 - 1), st.sampled_from(["dg-", "d", "my_bot-2"]))
 def test_names_read_back_and_fit(number, epoch, prefix):
     name = order_name(prefix, number, epoch)
@@ -292,7 +289,7 @@ def test_a_mistyped_name_is_not_ours(number, place, letter):
 
 
 def test_names_that_nobody_could_mean():
-    assert [read_order_name("dg-", name) for name in (None, "", "dg-", "dg-" + "!" * 16, "dg-" + "a" * 15)] == [None] * 5
+    assert [read_order_name("dg-", name) for name in (None, "", "dg-", "dg-" + "!" * 16, "dg-" + "a" * 15, "dg-" + "é" * 16, "dg-" + "ß" * 16)] == [None] * 7
     for prefix in ("", "a" * 17, "my bot"):
         with pytest.raises(InputError, match="prefix"):
             order_name(prefix, 1, 1)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['START', 'RESERVE', 'body_text', 'Row', 'chain', 'entry_of', 'check_chain', 'read_journal', 'verify', 'Journal',
-           'open_journal', 'decision_entry', 'equity_entry', 'order_name', 'read_order_name', 'export_journal']
+           'open_journal', 'order_name', 'read_order_name', 'export_journal']
 
-# %% ../../nbs/live/75_journal.ipynb #5c2676b7
+# %% ../../nbs/live/75_journal.ipynb #dd736dea
 import base64
 import binascii
 import fcntl
@@ -20,7 +20,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from ..domain import Decision, InputError, StopTrading
+from ..domain import InputError, StopTrading
 from ..trading.intents import Entry
 
 # %% ../../nbs/live/75_journal.ipynb #9d955ce0
@@ -85,7 +85,7 @@ def check_chain(
         before, epoch = row.hash, row.epoch
         yield row
 
-# %% ../../nbs/live/75_journal.ipynb #b2bad38d
+# %% ../../nbs/live/75_journal.ipynb #4ea6aa83
 _TABLES = """
 BEGIN IMMEDIATE;
 CREATE TABLE IF NOT EXISTS journal (sequence INTEGER PRIMARY KEY, epoch INTEGER NOT NULL, time_us INTEGER NOT NULL,
@@ -106,8 +106,8 @@ def _connect(path: Path, write: bool) -> sqlite3.Connection:
         database.executescript(_TABLES)
     return database
 
-def _rows(database: sqlite3.Connection, after: int = 0) -> Iterator[Row]:
-    for values in database.execute(f"SELECT {_COLUMNS} FROM journal WHERE sequence > ? ORDER BY sequence", (after,)):
+def _rows(database: sqlite3.Connection) -> Iterator[Row]:
+    for values in database.execute(f"SELECT {_COLUMNS} FROM journal ORDER BY sequence"):
         yield Row(*values)
 
 # %% ../../nbs/live/75_journal.ipynb #b44608af
@@ -244,27 +244,7 @@ def open_journal(
         raise
     return journal, rows
 
-# %% ../../nbs/live/75_journal.ipynb #ea1df631
-def decision_entry(
-    decision: Decision,
-    inputs: bytes,                # whatever the decision was made from, in a fixed form
-    models: Mapping[str, str],    # file name to sha256
-) -> Entry:
-    "A decision, as it is kept."
-    return Entry("decision", f"{decision.symbol}:{decision.time}",
-                 {**asdict(decision), "inputs": hashlib.sha256(inputs).hexdigest(), "models": dict(models)})
-
-def equity_entry(
-    time: int,         # a bar's close, seconds UTC
-    equity: float,     # marked, USD
-    day_start: float,  # at the last close of the day before, USD
-    peak: float,       # highest so far, USD
-    latched: bool,     # the drawdown breaker has tripped
-) -> Entry:
-    "What the account was worth at a close, and what the breakers remember."
-    return Entry("equity", str(time), {"time": time, "equity": equity, "day_start": day_start, "peak": peak, "latched": latched})
-
-# %% ../../nbs/live/75_journal.ipynb #5bac3702
+# %% ../../nbs/live/75_journal.ipynb #e69685a2
 def order_name(
     prefix: str,  # whose orders these are, at most 16 letters, digits, - or _
     number: int,  # of the intent, never used twice
@@ -286,7 +266,7 @@ def read_order_name(
         return None
     try:
         packed = base64.b32decode(name[len(prefix):].upper())
-    except binascii.Error:
+    except ValueError:
         return None
     number, epoch = int.from_bytes(packed[:5], "big"), int.from_bytes(packed[5:8], "big")
     return (number, epoch) if order_name(prefix, number, epoch) == name else None
