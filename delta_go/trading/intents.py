@@ -63,7 +63,7 @@ class Intent:
         "Whose order."
         return self.request.symbol
 
-# %% ../../nbs/trading/49_intents.ipynb #ff869299
+# %% ../../nbs/trading/49_intents.ipynb #8bd7009f
 LEG, FOREIGN, MANUAL, EXCHANGE = "leg", "foreign", "manual", "exchange"  # whose a fill is, if of no intent
 
 @dataclass(frozen=True, slots=True)
@@ -78,16 +78,16 @@ class Books:
     held: Mapping[str, int] = field(default_factory=dict)       # signed contracts by symbol: the sum of our fills
     foreign: Mapping[str, int] = field(default_factory=dict)    # the same of fills that are not ours
     fill_us: int = 0                                            # time of the newest fill
-    entries_us: tuple[int, ...] = ()                            # when the newest entries were made
+    entries_us: tuple[int, ...] = ()                            # when the entries of the newest one's last minute were made
     halted: str = ""                                            # why, empty if not
     flatten: bool = False                                       # close what is open, too
 
-# %% ../../nbs/trading/49_intents.ipynb #393a38f8
+# %% ../../nbs/trading/49_intents.ipynb #aa5f78a1
 def _post_intent(books: Books, name: str, body: Mapping[str, Any]) -> Books:
     price = {key: None if body[key] is None else Decimal(body[key]) for key in ("stop", "target", "limit")}
     request = OrderRequest(name, body["symbol"], body["side"], body["size"], body["reduce_only"], price["stop"], price["target"], body["order_type"], price["limit"])
     intent = Intent(request, Decimal(body["mark"]), body["reason"], body["made_us"])
-    entries = books.entries_us if request.reduce_only else (*books.entries_us[-99:], intent.made_us)
+    entries = books.entries_us if request.reduce_only else (*(at for at in books.entries_us if at > intent.made_us - 60 * SECOND), intent.made_us)
     return replace(books, number=body["number"], intents={**books.intents, name: intent}, live=(*books.live, name), entries_us=entries)
 
 def _post_outcome(books: Books, body: Mapping[str, Any]) -> Books:
