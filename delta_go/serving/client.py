@@ -8,7 +8,7 @@ __all__ = ['A', 'MOST_BYTES', 'METADATA', 'R', 'BadAnswer', 'shown', 'decode_ans
            'TokenCache', 'origin_of', 'check_secret', 'Credentials', 'Line', 'Service', 'regime_question',
            'trade_question', 'ServiceAdviser']
 
-# %% ../../nbs/serving/69_client.ipynb #0738f51c
+# %% ../../nbs/serving/69_client.ipynb #a31781cf
 import base64
 import math
 import re
@@ -34,6 +34,7 @@ from ..learning.predictor import PREDICTOR_FEATURES
 from ..learning.regimes import RegimeView
 from ..market.candles import COLUMNS, Candles, resolution_of
 from ..patience import Asker, NoAnswer, Patience, Timing
+from .access import LOOPBACK
 from .contract import FieldError, RegimeAnswer, TradeAnswer
 
 # %% ../../nbs/serving/69_client.ipynb #47d78e26
@@ -260,9 +261,7 @@ class TokenCache:
                 self._kept[audience] = token, (expiry_of(token) or 0.0) - self._early
             return token
 
-# %% ../../nbs/serving/69_client.ipynb #db2bbf9d
-_HERE = ("localhost", "127.0.0.1", "::1")
-
+# %% ../../nbs/serving/69_client.ipynb #f943645d
 def origin_of(
     address: str,  # of a service, such as https://hmm-detector-x.a.run.app, with or without its route
     route: str,    # such as /detect_regime
@@ -276,7 +275,7 @@ def origin_of(
         raise InputError("address: expected https:// and a host, got something that is none") from None
     if parts.scheme not in ("http", "https") or not host or parts.path not in ("", "/", route) or parts.query or parts.fragment or "@" in parts.netloc:
         raise InputError(f"address: expected https:// and a host, and at most {route} behind it, got {shown(f'{parts.scheme}://{host}{parts.path}', 100)}")
-    if secret and parts.scheme == "http" and host not in _HERE:
+    if secret and parts.scheme == "http" and host not in LOOPBACK:
         raise InputError(f"address: expected https://, got http://{shown(host, 64)}; a key is not sent in the clear")
     return f"{parts.scheme}://{f'[{host}]' if ':' in host else host}{f':{port}' if port else ''}"
 
