@@ -15,6 +15,7 @@ import hashlib
 import heapq
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -37,6 +38,7 @@ from delta_go.trading.intents import (
     DOUBTFUL,
     FINAL,
     FOREIGN,
+    SECOND,
     Answered,
     Ask,
     Books,
@@ -58,7 +60,6 @@ from delta_go.trading.intents import (
 from delta_go.trading.messages import Accepted, Answer, CouldNotAsk, Fill, NotSent, Order, OrderRequest, Position, Rejected, Unknown
 from delta_go.trading.news import FillSeen, Gap, OrderSeen
 
-SECOND = 1_000_000
 SYMBOLS = ("BTCUSD", "ETHUSD")
 PRICE = {"BTCUSD": Decimal(60_000), "ETHUSD": Decimal(3_000)}
 RULES = Rules({"BTCUSD": Decimal("0.001"), "ETHUSD": Decimal("0.01")}, {"BTCUSD": 12, "ETHUSD": 12}, Decimal(1_000), entries_a_minute=5)
@@ -90,18 +91,18 @@ class Switches:
 CHOICES: dict[str, tuple[Any, ...]] = {
     field_.name: {"repeated_name": ("accepted", "refused", "refused_while_open"), "lag": (0, 5), "legs": ("full", "proportional", "complete")}.get(field_.name, (True, False))
     for field_ in fields(Switches)}
-COMBINATIONS = 1
-for _choices in CHOICES.values():
-    COMBINATIONS *= len(_choices)
-_ORDER = random.Random(0).sample(range(COMBINATIONS), COMBINATIONS)
+COMBINATIONS = math.prod(map(len, CHOICES.values()))
+NEVER_ASKED = ("bare_cancel_all", "batch_reports")  # changes nothing, so these change last
+DISTINCT = COMBINATIONS // math.prod(len(CHOICES[name]) for name in NEVER_ASKED)
+_ORDER = random.Random(0).sample(range(DISTINCT), DISTINCT)
 
 
 def switches_of(seed: int) -> Switches:
-    """The seed's answers; COMBINATIONS seeds in a row have every combination once."""
-    number, chosen = _ORDER[seed % COMBINATIONS], {}
-    for name, choices in CHOICES.items():
-        number, place = divmod(number, len(choices))
-        chosen[name] = choices[place]
+    """The seed's answers; COMBINATIONS seeds in a row have every combination once, DISTINCT seeds every one that makes a difference."""
+    number, chosen = _ORDER[seed % DISTINCT] + seed // DISTINCT % (COMBINATIONS // DISTINCT) * DISTINCT, {}
+    for name in sorted(CHOICES, key=NEVER_ASKED.__contains__):
+        number, place = divmod(number, len(CHOICES[name]))
+        chosen[name] = CHOICES[name][place]
     return Switches(**chosen)
 
 

@@ -1,6 +1,7 @@
 """Ten thousand schedules of faults, and the proof that they would find something."""
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -8,7 +9,7 @@ import pytest
 
 from delta_go.live.journal import read_journal
 from tests import schedules
-from tests.schedules import CHOICES, COMBINATIONS, PLANTS, FileJournal, caught, digest, play, play_all, play_naive, switches_of
+from tests.schedules import CHOICES, COMBINATIONS, DISTINCT, NEVER_ASKED, PLANTS, FileJournal, caught, digest, play, play_all, play_naive, switches_of
 
 
 def test_ten_thousand_schedules():
@@ -41,9 +42,18 @@ def test_a_seed_is_a_schedule_byte_for_byte():
 
 def test_seeds_walk_through_every_combination():
     assert len({switches_of(seed) for seed in range(COMBINATIONS)}) == COMBINATIONS == 36_864
+    felt = [name for name in CHOICES if name not in NEVER_ASKED]
+    assert len({tuple(getattr(switches_of(seed), name) for name in felt) for seed in range(DISTINCT)}) == DISTINCT == 9_216 < 10_000
     early = [switches_of(seed) for seed in range(64)]
-    for name, choices in CHOICES.items():
-        assert {getattr(switches, name) for switches in early} == set(choices)
+    for name in felt:
+        assert {getattr(switches, name) for switches in early} == set(CHOICES[name])
+
+
+def test_what_is_never_asked_changes_nothing(monkeypatch):
+    seeds = (3, 19)
+    before = [digest(seed) for seed in seeds]
+    monkeypatch.setattr(schedules, "switches_of", lambda seed: replace(known := switches_of(seed), **{name: not getattr(known, name) for name in NEVER_ASKED}))
+    assert [digest(seed) for seed in seeds] == before
 
 
 def test_the_journal_in_memory_is_the_one_on_disk():
