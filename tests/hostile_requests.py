@@ -288,7 +288,8 @@ def bad_time(draft: Draft) -> None:
     time, kind = document["time"], dice.choice(("unit", "one unit", "gap", "swapped", "off grid", "future", "twice", "reversed", "odd", "step", "negative", "lost bar"))
     row = spot(dice, time)
     if kind == "unit":
-        time = [stamp * dice.choice((1_000,)) for stamp in time] if dice.random() < 0.5 else [stamp * 10**9 for stamp in time]
+        factor = dice.choice((1_000, 10**6, 10**9))
+        time = [stamp * factor for stamp in time]
     elif kind == "one unit":
         time = time[:row] + [time[row] * dice.choice((1_000, 10**6, 10**9))] + time[row + 1:]
     elif kind == "gap":

@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
@@ -69,7 +69,7 @@ def test_schemathesis_can_generate_requests(name: str) -> None:
     seen = []
 
     @given(case=schema[service.path]["POST"].as_strategy())
-    @settings(max_examples=5, deadline=None, database=None, suppress_health_check=list(__import__("hypothesis").HealthCheck))
+    @settings(max_examples=5, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     def generate(case: Any) -> None:
         seen.append(case.body)
         assert validator(service, operation(service)["requestBody"]["content"]["application/json"]["schema"]).is_valid(case.body)

@@ -260,6 +260,10 @@ def test_the_quick_way_writes_what_the_careful_way_writes(message, told):
     assert not quick or json.loads(quick) == json.loads(formatter.careful(record))
 
 
+def test_an_ordinary_record_goes_the_quick_way():
+    assert JsonFormatter("p").quick(record_of("answered %s", "bull", latency=0.0021, status=200, caller="bot", code=None))
+
+
 def test_a_line_says_what_a_log_reader_looks_for():
     record = record_of("answered %s", "bull", trace_id=ID, span_id=SPAN, request_id="bot-17", latency=0.0021, model_version="1h-7c4a", service="hmm-detector")
     record.created = NOW = 1_700_000_000.25
