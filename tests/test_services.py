@@ -380,7 +380,7 @@ def test_service_refuses_to_listen_publicly_without_credentials():
 
 def test_serving_process_imports_nothing_heavy():
     """Cold start is a feature: what trains and draws stays out, and so does the command line."""
-    heavy = "pandas sklearn hmmlearn matplotlib scipy numba pyarrow xgboost joblib pydantic pydantic_settings typer rich papermill httpx stamina"
+    heavy = "pandas sklearn hmmlearn matplotlib scipy numba pyarrow xgboost joblib pydantic pydantic_settings typer rich papermill httpx"
     code = ("import sys; from delta_go.serving import server, detect_regime, predict_trade; "
             "detect_regime.create_app(); predict_trade.create_app(); print(*sorted({name.split('.')[0] for name in sys.modules}))")
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=MODELS.parent).stdout.split()

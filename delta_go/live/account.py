@@ -125,7 +125,7 @@ def _exchange_once(client: httpx.Client, request: httpx.Request, signed_at: int,
         words = f"{client.base_url.host} ({type(error).__name__})"
         return Unknown(f"no whole reply from {words}", signed_at) if left else NotSent(f"could not reach {words}")
 
-# %% ../../nbs/live/71_account.ipynb #dbbc5ee3
+# %% ../../nbs/live/71_account.ipynb #2551adbf
 class Account:
     "One account at one environment."
     def __init__(
@@ -140,8 +140,7 @@ class Account:
         if not 0 < len(listings) <= 10:
             raise InputError(f"products: expected one to ten, got {len(listings)}; choose other symbols")
         self.clock, self.budget, self.listings = clock or ExchangeClock(monotonic), budget or Budget(), dict(listings)
-        self.client, self._credentials, self.monotonic = open_client(base_url), credentials, monotonic
-        self.client.timeout = httpx.Timeout(6.0, connect=3.0)
+        self.client, self._credentials, self.monotonic = open_client(base_url, httpx.Timeout(6.0, connect=3.0)), credentials, monotonic
 
     def __repr__(self) -> str:
         return f"Account({self.client.base_url}, {', '.join(self.listings)})"
