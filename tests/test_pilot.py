@@ -17,7 +17,7 @@ from delta_go.market.venue import PRODUCTS, Costs
 from delta_go.serving.client import ServiceAdviser
 from delta_go.trading.backtest import build_tape, decisions_of, run_backtest
 from delta_go.trading.decide import Position
-from delta_go.trading.pilot import absent, decide_close, first_breakers, hold_longer, look, next_breakers, order_for
+from delta_go.trading.pilot import absent, decide_close, first_breakers, look, next_breakers, order_for
 from delta_go.trading.plan import make_plan
 from delta_go.trading.risk import OPEN, RiskLimits
 
@@ -50,7 +50,7 @@ def windows(result, market, payments, adviser, policy):
             del positions[symbol]
         for symbol, held in account.positions.items():
             positions.setdefault(symbol, Position(held.side, held.size, 0, limits_of[symbol]))
-        positions = hold_longer(positions, present)
+        positions = {symbol: replace(held, bars=held.bars + (symbol in present)) for symbol, held in positions.items()}
         equity.append(equity_of(exchange, account))
         breakers = next_breakers(breakers, equity[-1], opened + tape.step, LIMITS)
         seen = []
