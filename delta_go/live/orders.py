@@ -6,18 +6,16 @@
 __all__ = ['SIGNATURE', 'GRAIN', 'SKEW', 'LAG', 'FENCE', 'DEFINITE', 'UNEXPLAINED', 'PATIENCE', 'LEFTOVER', 'PAUSE', 'LOOK_BACK',
            'step', 'recover', 'faults']
 
-# %% ../../nbs/live/76_orders.ipynb #e8534fa1
+# %% ../../nbs/live/76_orders.ipynb #00a54168
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
 from .journal import Row, entry_of, order_name, read_order_name
-from delta_go.trading.intents import (
-    DENIED, DOUBTFUL, EXCHANGE, FILLS, FINAL, FOREIGN, HISTORY, LEG, MANUAL, OPEN, PERIOD, SECOND,
-    Answered, Ask, Books, Cancel, Clear, Clock, Effect, Entry, Event, Key, Kind, Place, Question, Record, Refused, Report, Rules, Send, SendResult, State, Status, Stop,
-    broken_books, is_flat, marks_of, post, refusal,
-)
+from ..trading.intents import DENIED, DOUBTFUL, EXCHANGE, FILLS, FINAL, FOREIGN, HISTORY, LEG, MANUAL, OPEN, PERIOD, SECOND
+from ..trading.intents import Answered, Ask, Books, Cancel, Clear, Clock, Effect, Entry, Event, Key, Kind, Place, Question, Record, Refused, Report, Rules, Send, SendResult, State, Status, Stop
+from ..trading.intents import broken_books, is_flat, marks_of, post, refusal
 from ..trading.messages import Accepted, CouldNotAsk, NotSent, Order, OrderRequest, Rejected, what_next
 from ..trading.news import FillSeen, Gap, OrderSeen, PositionSeen
 
