@@ -608,8 +608,9 @@ def test_luck_belongs_to_a_rule_and_its_match():
 
 
 def test_a_script_with_a_mistake_is_refused(tmp_path):
-    for given in ({"faults": [{"kind": "nope"}]}, {"faults": [{"on": "x"}]}, {"faults": [{"kind": "lost", "chance": 2}]}, {"answers": {"x": 1}}, {"seeds": 1}):
-        with pytest.raises(InputError):
+    for given in ({"faults": [{"kind": "nope"}]}, {"faults": [{"on": "x"}]}, {"faults": [{"kind": "lost", "chance": 2}]}, {"answers": {"x": 1}}, {"seeds": 1}, {"seed": "x"}, {"faults": 5}, {"faults": [3]},
+                  {"answers": {"duplicate_id": "acepted"}}, {"answers": {"read_lag": "long"}}, {"faults": [{"kind": "lost", "chance": "often"}]}):
+        with pytest.raises(InputError, match="^faults: "):
             make_script(given)
     with pytest.raises(InputError, match="cannot be read"):
         read_script(tmp_path / "none.json")

@@ -6,7 +6,7 @@
 __all__ = ['REQUEST_FAULTS', 'MESSAGE_FAULTS', 'TIME_FAULTS', 'KINDS', 'Rule', 'Script', 'make_script', 'read_script', 'Faults',
            'draw', 'strike', 'outage', 'in_auction', 'restarts', 'skew']
 
-# %% ../../nbs/live/77_faults.ipynb #30d82406
+# %% ../../nbs/live/77_faults.ipynb #4ee97f4f
 import hashlib
 import json
 from collections.abc import Mapping
@@ -14,6 +14,8 @@ from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from ..domain import InputError
 from ..market.accounts import Answers
@@ -45,7 +47,7 @@ TIME_FAULTS = {
 }
 KINDS = REQUEST_FAULTS | MESSAGE_FAULTS | TIME_FAULTS
 
-# %% ../../nbs/live/77_faults.ipynb #a8fce499
+# %% ../../nbs/live/77_faults.ipynb #8cc51038
 @dataclass(frozen=True, slots=True)
 class Rule:
     "One fault and when it strikes."
@@ -65,9 +67,9 @@ class Rule:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise InputError(f"faults: expected a kind of {', '.join(KINDS)}, got {self.kind!r}")
+            raise InputError(f"expected a kind of {', '.join(KINDS)}, got {self.kind!r}")
         if not (0 <= self.chance <= 1 and 0 < self.part < 1 and self.seconds >= 0 and self.start >= 0):
-            raise InputError(f"faults: {self.kind}: expected a chance from 0 to 1, a part between 0 and 1, seconds and start not below 0")
+            raise InputError(f"{self.kind}: expected a chance from 0 to 1, a part between 0 and 1, seconds and start not below 0")
 
 @dataclass(frozen=True, slots=True)
 class Script:
@@ -76,27 +78,30 @@ class Script:
     seed: int = 0
     answers: Answers = Answers()
 
-# %% ../../nbs/live/77_faults.ipynb #41f21306
+# %% ../../nbs/live/77_faults.ipynb #1115c576
 def _build(kind: type, given: Any, where: str) -> Any:
     if not isinstance(given, Mapping):
         raise InputError(f"faults: {where}: expected an object, got {given!r}")
-    known = {item.name: item for item in fields(kind)}
-    if unknown := sorted(given.keys() - known.keys()):
+    known = [item.name for item in fields(kind)]
+    if unknown := sorted(given.keys() - set(known)):
         raise InputError(f"faults: {where}: unknown {', '.join(unknown)}; there are {', '.join(known)}")
     try:
-        return kind(**given)
-    except TypeError as error:
+        return msgspec.convert(dict(given), kind)
+    except msgspec.ValidationError as error:
         raise InputError(f"faults: {where}: {error}") from None
 
-# %% ../../nbs/live/77_faults.ipynb #3d8341c9
+# %% ../../nbs/live/77_faults.ipynb #ae2c0348
 def make_script(
     given: Mapping[str, Any],  # seed, answers, faults
 ) -> Script:
     "A script from plain data; InputError says what is wrong with it."
     if unknown := sorted(given.keys() - {"seed", "answers", "faults"}):
         raise InputError(f"faults: expected seed, answers and faults, got {', '.join(unknown)} too")
-    rules = tuple(_build(Rule, rule, f"fault {number}") for number, rule in enumerate(given.get("faults", []), 1))
-    return Script(rules, int(given.get("seed", 0)), _build(Answers, given.get("answers", {}), "answers"))
+    seed, faults = given.get("seed", 0), given.get("faults", [])
+    if not isinstance(seed, int) or not isinstance(faults, list):
+        raise InputError(f"faults: expected a whole number as seed and a list of faults, got {seed!r} and {faults!r}")
+    rules = tuple(_build(Rule, rule, f"fault {number}") for number, rule in enumerate(faults, 1))
+    return Script(rules, seed, _build(Answers, given.get("answers", {}), "answers"))
 
 def read_script(
     path: Path | str,  # JSON
