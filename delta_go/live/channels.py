@@ -6,7 +6,7 @@
 __all__ = ['PUBLIC', 'PRIVATE', 'WITHOUT_SYMBOLS', 'Session', 'wants', 'book_message', 'price_messages', 'slow_messages',
            'snapshots', 'hear', 'event_messages', 'send']
 
-# %% ../../nbs/live/80_channels.ipynb #4ec41e3a
+# %% ../../nbs/live/80_channels.ipynb #e835960b
 import hmac
 import json
 from dataclasses import dataclass, field
@@ -18,6 +18,7 @@ from .wire import Levels, book_changes, candle_message, checksum, make_book, ord
 from ..market.accounts import Event, Refusal
 from ..market.candles import RESOLUTIONS
 from ..market.replay import day_of, rate_for
+from ..market.store import FUNDING_STEP
 
 # %% ../../nbs/live/80_channels.ipynb #6cb5f339
 PUBLIC = ("ticker", "ob_l1", "ob_l2", "ob_updates", "trades", "mark_price", "spot_price", "funding_rate", "product_updates", "system_status", "emulator",
@@ -86,7 +87,7 @@ def price_messages(
         found.append(("spot_price", {"type": "spot_price", "sy": symbol, "p": text(last), "ts": now}))
     return found
 
-# %% ../../nbs/live/80_channels.ipynb #212944b8
+# %% ../../nbs/live/80_channels.ipynb #7286ca09
 def slow_messages(
     desk: Desk,
     session: Session,
@@ -100,8 +101,8 @@ def slow_messages(
         status = desk.exchange.status.get(symbol, "operational")
         found.append(("ticker", ticker_message(ticker_row(desk.exchange.terms[symbol], product_ids(desk)[symbol], day, rate, now, status))))
     if wants(session, "funding_rate", symbol):
-        following = (now // 28_800_000_000 + 1) * 28_800_000_000
-        found.append(("funding_rate", {"type": "funding_rate", "sy": symbol, "fr": rate * 100, "fi": 28_800, "nfr": following, "ts": now}))
+        following = (now // (FUNDING_STEP * 1_000_000) + 1) * FUNDING_STEP * 1_000_000
+        found.append(("funding_rate", {"type": "funding_rate", "sy": symbol, "fr": rate * 100, "fi": FUNDING_STEP, "nfr": following, "ts": now}))
     return found
 
 # %% ../../nbs/live/80_channels.ipynb #f3a24f82

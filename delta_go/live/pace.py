@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FIRST_USER', 'Setup', 'Emulator', 'build_emulator', 'note_status', 'step', 'advance']
 
-# %% ../../nbs/live/81_pace.ipynb #3a0cbc56
+# %% ../../nbs/live/81_pace.ipynb #7ce3f0b5
 import asyncio
 import time as timer
 from collections.abc import Callable
@@ -22,9 +22,10 @@ from .matching import play
 from ..market.accounts import open_account, open_exchange
 from ..market.load import LoadedMarket, load_market, parse_time
 from ..market.replay import Bar, Replay, bars_at, make_replay, walk
+from ..market.store import FUNDING_STEP
 from ..market.venue import Costs
 
-# %% ../../nbs/live/81_pace.ipynb #ec290cd0
+# %% ../../nbs/live/81_pace.ipynb #3c54a7aa
 FIRST_USER = 4455
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +70,7 @@ def _load(setup: Setup, clock: Callable[[], float]) -> Replay:
     if not setup.today:
         return make_replay(market, start, end)
     begins = int(make_replay(market, start, end).times[0])
-    return make_replay(_move(market, int((clock() - begins) // 28_800) * 28_800), int(clock()) + 1)
+    return make_replay(_move(market, int((clock() - begins) // FUNDING_STEP) * FUNDING_STEP), int(clock()) + 1)
 
 # %% ../../nbs/live/81_pace.ipynb #90b76bf5
 @dataclass(slots=True)

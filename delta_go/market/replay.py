@@ -6,10 +6,11 @@
 __all__ = ['HISTORY', 'MOST_ROWS', 'TURNS', 'Bar', 'Replay', 'make_replay', 'bars_at', 'candle_page', 'price_at', 'walk',
            'day_of', 'rate_for']
 
-# %% ../../nbs/market/19_replay.ipynb #122e4c80
+# %% ../../nbs/market/19_replay.ipynb #5399da80
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ import numpy as np
 from ..domain import InputError
 from .candles import RESOLUTIONS, Candles, resample
 from .load import LoadedMarket
+from .store import FUNDING_STEP
 from .venue import round_to_tick
 
 # %% ../../nbs/market/19_replay.ipynb #7f54e157
@@ -79,7 +81,7 @@ def bars_at(
             found.append(Bar(symbol, time, open_, high, low, close, volume, rate_due, time == replay.last[symbol]))
     return found
 
-# %% ../../nbs/market/19_replay.ipynb #019f2a7c
+# %% ../../nbs/market/19_replay.ipynb #295a227c
 MOST_ROWS = 2000  # in one reply
 
 def _rows(candles: Candles, first: int, last: int, now: float, plain: bool) -> list[dict[str, Any]]:
@@ -89,12 +91,9 @@ def _rows(candles: Candles, first: int, last: int, now: float, plain: bool) -> l
              "close": float(candles.close[i]), "volume": None if plain else float(candles.volume[i])} for i in reversed(rows[-MOST_ROWS:])]
 
 def _funding_rows(rates: Mapping[int, float], first: int, last: int, step: int, now: float) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
-    for time in range(min(last, int(now) // step * step), max(first, min(rates, default=last + 1)) - 1, -step):
-        rate = rates.get(time // 28_800 * 28_800)
-        if rate is not None and len(rows) < MOST_ROWS:
-            rows.append({"time": time} | dict.fromkeys(("open", "high", "low", "close"), rate * 100) | {"volume": None})
-    return rows
+    times = range(min(last, int(now) // step * step), max(first, min(rates, default=last + 1)) - 1, -step)
+    known = ((time, rates[due] * 100) for time in times if (due := time // FUNDING_STEP * FUNDING_STEP) in rates)
+    return [{"time": time} | dict.fromkeys(("open", "high", "low", "close"), percent) | {"volume": None} for time, percent in islice(known, MOST_ROWS)]
 
 def candle_page(
     replay: Replay,
@@ -119,7 +118,7 @@ def candle_page(
         rows = [growing | ({"volume": None} if kind == "MARK" else {}), *rows][:MOST_ROWS]
     return rows
 
-# %% ../../nbs/market/19_replay.ipynb #ce469ca2
+# %% ../../nbs/market/19_replay.ipynb #eb425e7b
 TURNS = (0.0, 0.3, 0.7, 1.0)  # fractions of the bar at which the price turns
 
 def _corners(bar: Bar) -> tuple[float, float, float, float]:
@@ -131,11 +130,9 @@ def price_at(
     per_unit: float,  # ticks per dollar
 ) -> float:           # USD on the grid
     "The price at a moment inside a bar."
-    for begin, finish, price, following in zip(TURNS, TURNS[1:], _corners(bar), _corners(bar)[1:]):
-        if part <= finish:
-            here = price + (following - price) * (part - begin) / (finish - begin)
-            return following if part == finish else round_to_tick(here - 0.5 / per_unit, per_unit, +1)
-    return bar.close
+    if part in TURNS:
+        return _corners(bar)[TURNS.index(part)]
+    return round_to_tick(float(np.interp(part, TURNS, _corners(bar))) - 0.5 / per_unit, per_unit, +1)
 
 def walk(
     bar: Bar,
@@ -148,7 +145,7 @@ def walk(
     prices = [price_at(bar, part, per_unit) for part in stops]
     return [(here, max(here, there), min(here, there), there) for here, there in zip(prices, prices[1:])]
 
-# %% ../../nbs/market/19_replay.ipynb #c09a7cd4
+# %% ../../nbs/market/19_replay.ipynb #170fc3f4
 def day_of(
     replay: Replay,
     symbol: str,
@@ -169,4 +166,4 @@ def rate_for(
     now: float,   # seconds UTC
 ) -> float:       # fraction per interval; 0 where nothing is known
     "The rate of the last funding exchange: a stand-in for the running estimate of the next, which would need the future."
-    return replay.rates.get(symbol, {}).get(int(now) // 28_800 * 28_800, 0.0)
+    return replay.rates.get(symbol, {}).get(int(now) // FUNDING_STEP * FUNDING_STEP, 0.0)
