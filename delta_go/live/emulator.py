@@ -93,7 +93,7 @@ async def publish(
                 for channel, message in found + (slow_messages(emulator.desk, link[0], symbol, now) if slow else []):
                     await _deliver(emulator, link, channel, message)
 
-# %% ../../nbs/live/82_emulator.ipynb #97212717
+# %% ../../nbs/live/82_emulator.ipynb #4bf2a095
 async def _news(emulator: Emulator, channel: str, message: dict[str, Any]) -> None:
     for link in [link for link in emulator.links if wants(link[0], channel, "")]:
         await _deliver(emulator, link, channel, message | {"type": channel, "timestamp": emulator.now})
@@ -108,8 +108,9 @@ async def look_around(
         for link in list(emulator.links):
             await _hang_up(emulator, link)
     emulator.down = down
-    if restarts(emulator.setup.script, emulator.elapsed) > emulator.restarted:
-        emulator.restarted = restarts(emulator.setup.script, emulator.elapsed)
+    restarted = restarts(emulator.setup.script, emulator.elapsed)
+    if restarted > emulator.restarted:
+        emulator.restarted = restarted
         if emulator.setup.script.answers.sequence_resets:
             emulator.counts.clear()
     before = dict(emulator.desk.exchange.status)
@@ -137,7 +138,8 @@ async def run_clock(
             base = emulator.clock() if emulator.setup.today else emulator.began + (emulator.clock() - emulator.started) * emulator.setup.speed
             moved = advance(emulator, base)
             if await look_around(emulator):
-                slow, slow_due = timer.monotonic() >= slow_due, max(slow_due, timer.monotonic() + 5 if timer.monotonic() >= slow_due else 0)
+                slow = timer.monotonic() >= slow_due
+                slow_due = timer.monotonic() + 5 if slow else slow_due
                 inside = min(emulator.now, (int(emulator.desk.replay.times[min(emulator.row, len(emulator.desk.replay.times) - 1)]) + emulator.desk.replay.step) * 1_000_000 - 1)
                 await publish(emulator, moved, slow, _bars_so_far(emulator, moved), inside)
         await settle(emulator)

@@ -7,9 +7,9 @@ __all__ = ['Work', 'ROUTES', 'note_positions', 'create_order', 'edit_order', 'ca
            'position_bracket', 'entry_bracket', 'list_orders', 'order_history', 'get_order', 'list_fills',
            'get_positions', 'margined_positions', 'change_margin', 'close_all', 'leverage', 'balances', 'transactions',
            'user_facts', 'heartbeat', 'expire_heartbeats', 'products', 'tickers', 'order_book', 'trades', 'candles',
-           'settings', 'nothing', 'answer']
+           'settings', 'quota', 'nothing', 'answer']
 
-# %% ../../nbs/live/79_endpoints.ipynb #1560d786
+# %% ../../nbs/live/79_endpoints.ipynb #8cb759e3
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -17,10 +17,10 @@ from dataclasses import replace
 from typing import Any
 from urllib.parse import parse_qsl, unquote
 
-from .door import Call, Desk, Reply, Request, bad, check_signature, choice, flag, page_of, price_of, product_ids, spend, symbol_of, ticket_of, whole
+from .door import PERIOD, Call, Desk, Reply, Request, bad, check_signature, choice, flag, page_of, price_of, product_ids, spend, symbol_of, ticket_of, whole
 from .matching import cancel, edit, edit_bracket, place, place_bracket, play
 from .wire import ASSETS, asset_rows, equity_text, fill_row, iso, make_book, order_row, position_row, product_row, short_position, text, ticker_row, wallet_row
-from ..market.accounts import Account, Order, Refusal, Ticket
+from ..market.accounts import Account, Order, Refusal, Ticket, margin_of
 from ..market.candles import RESOLUTIONS
 from ..market.replay import candle_page, day_of, rate_for
 from ..market.venue import bankruptcy_price, liquidation_price
@@ -152,7 +152,7 @@ def list_fills(call: Call) -> Any:
     found = [fill for fill in call.account.fills if _chosen(call, fill.order.ticket.symbol, fill.time)]
     return page_of(call, [fill_row(fill, call.account.user, product_ids(call.desk)[fill.order.ticket.symbol]) for fill in reversed(found)], 50, 50)
 
-# %% ../../nbs/live/79_endpoints.ipynb #5ce7bf61
+# %% ../../nbs/live/79_endpoints.ipynb #bef667f0
 def get_positions(call: Call) -> Any:
     "GET positions: one product exactly, or a coin's products."
     if call.query.get("product_id"):
@@ -181,7 +181,7 @@ def change_margin(call: Call) -> Any:
     if held is None:
         raise Refusal("no_open_position")
     try:
-        margin = held.entry * held.size * product.contract_value / held.leverage + float(call.body.get("delta_margin"))  # type: ignore[arg-type]
+        margin = margin_of(call.desk.exchange, symbol, held) + float(call.body.get("delta_margin"))  # type: ignore[arg-type]
     except (TypeError, ValueError):
         raise bad("delta_margin", "expected a decimal") from None
     leverage = held.entry * held.size * product.contract_value / margin if margin > 0 else 0.0
@@ -268,7 +268,7 @@ def _cancel_scope(desk: Desk, account: Account, symbols: list[str], now: int) ->
         if order.live and order.ticket.symbol in symbols and not spared:
             cancel(desk.exchange, account, order, now, "cancelled_by_heartbeat")
 
-# %% ../../nbs/live/79_endpoints.ipynb #a1a04ba1
+# %% ../../nbs/live/79_endpoints.ipynb #e959ef8a
 def products(call: Call) -> Any:
     "GET products, and one of them."
     symbol = call.parts.get("symbol")
@@ -319,11 +319,16 @@ def settings(call: Call) -> Any:
     "GET settings: the exchange's clock."
     return {"server_time": call.now, "under_maintenance": "false"}
 
+def quota(call: Call) -> Any:
+    "GET rate_limits/quota: the one reply without an envelope."
+    left = PERIOD - call.now / 1e6 % PERIOD
+    return Reply(200, {"current_quota": call.desk.used[str(call.account.user)][1], "remaining_time_in_milliseconds": int(left * 1000)})
+
 def nothing(call: Call) -> Any:
     "Lists that are empty here."
     return []
 
-# %% ../../nbs/live/79_endpoints.ipynb #aa09a1fc
+# %% ../../nbs/live/79_endpoints.ipynb #49167555
 Work = Callable[[Call], Any]
 ROUTES: list[tuple[str, str, int, bool, Work]] = [
     ("GET", "/v2/products", 3, False, products), ("GET", "/v2/products/(?P<symbol>[^/]+)", 3, False, products), ("GET", "/v2/tickers", 3, False, tickers),
@@ -339,7 +344,7 @@ ROUTES: list[tuple[str, str, int, bool, Work]] = [
     ("GET", "/v2/wallet/balances", 3, True, balances), ("GET", "/v2/wallet/transactions", 10, True, transactions), ("GET", "/v2/profile", 1, True, user_facts),
     ("GET", "/v2/users/trading_preferences", 1, True, user_facts), ("PUT", "/v2/users/margin_mode", 1, True, user_facts),
     ("POST", "/v2/heartbeat/(?P<create>create)", 1, True, heartbeat), ("POST", "/v2/heartbeat", 1, True, heartbeat), ("GET", "/v2/heartbeat", 1, True, heartbeat),
-    ("GET", "/v2/rate_limits/quota", 3, True, nothing),
+    ("GET", "/v2/rate_limits/quota", 3, True, quota),
 ]
 
 # %% ../../nbs/live/79_endpoints.ipynb #7d490242
@@ -348,7 +353,7 @@ def _refused(error: Refusal) -> Reply:
         return Reply(401, {"error": "unauthorized", "success": False})
     return Reply(error.status, {"success": False, "error": {"code": error.code} | ({"context": error.context} if error.context else {})})
 
-# %% ../../nbs/live/79_endpoints.ipynb #46737c21
+# %% ../../nbs/live/79_endpoints.ipynb #12b06452
 def _body(request: Request) -> dict[str, Any]:
     try:
         given = json.loads(request.body) if request.body else {}
@@ -387,11 +392,11 @@ def answer(
             return Reply(429, {"success": False, "error": {"code": "rate_limit_exceeded"}}, {"X-RATE-LIMIT-RESET": str(wait)})
         if key and not key.trades and request.method != "GET":
             raise Refusal("UnauthorizedApiAccess", 401)
-        if request.path == "/v2/rate_limits/quota" and key:
-            return Reply(200, {"current_quota": desk.used[str(key.user)][1], "remaining_time_in_milliseconds": int((300 - now / 1e6 % 300) * 1000)})
         account = desk.exchange.accounts[key.user] if key else Account(0)
         result = work(Call(desk, account, dict(parse_qsl(request.query, keep_blank_values=True)), _body(request), parts, now, partial))
     except Refusal as error:
         return _refused(error)
+    if isinstance(result, Reply):
+        return result
     rows, meta = result if isinstance(result, tuple) else (result, None)
     return Reply(200, {"success": True, "result": rows} | ({"meta": meta} if meta is not None else {}))
