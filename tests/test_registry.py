@@ -424,11 +424,15 @@ def test_really_killed_while_saving(tmp_path, predictor, rows, kills):
                     save(tmp_path, predictor, rows, f"{kill}.{turn}", nudge=turn / 1000, symbols=SYMBOLS[:1 + turn % 2])
             finally:
                 os._exit(1)
+        if kill % 2:  # every other time a whole set has been replaced before, however busy the machine is
+            before, deadline = (tmp_path / MANIFEST_FILE).read_bytes(), time.monotonic() + 60
+            while (tmp_path / MANIFEST_FILE).read_bytes() == before and time.monotonic() < deadline:
+                time.sleep(once / 4)
         time.sleep(rng.uniform(0.2, 2.5) * once)
         os.kill(child, signal.SIGKILL)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
         verdicts.add(load_models(tmp_path).manifest.verdict)
-    assert len(verdicts) > 1
+    assert len(verdicts) > kills // 4
     save(tmp_path, predictor, rows, "end")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hmm_model_BTCUSD.pkl", "hmm_model_ETHUSD.pkl", "manifest.json", "trade_predictor.pkl"]
 
