@@ -83,7 +83,7 @@ def read_rooms(
             rooms.append(Room(int(path.name[:2]), module[1], path, purpose[1] if purpose else ""))
     return rooms
 
-# %% ../nbs/99_house.ipynb #bc445fa4
+# %% ../nbs/99_house.ipynb #6cf12ec1
 FLOORS = {
     "": (*range(0, 10), *range(90, 100)), "market": range(10, 20), "learning": range(20, 40), "trading": range(40, 50),
     "evidence": range(50, 60), "serving": range(60, 70), "live": range(70, 86), "ops": range(86, 90),
@@ -234,9 +234,9 @@ def workflow_faults(
         faults += [f"{path.relative_to(root)}: expected {what}" for what, kept in wanted.items() if not kept]
     return faults
 
-# %% ../nbs/99_house.ipynb #98ca2659
+# %% ../nbs/99_house.ipynb #86178968
 INFERENCE = ("domain", "model_file", "market.candles", "learning.features", "learning.regimes", "learning.strategies",
-             "learning.predictor", "learning.registry", "learning.reading", "trading.risk", "trading.decide")
+             "learning.predictor", "learning.registry", "learning.reading", "learning.advice", "patience", "trading.risk", "trading.decide", "trading.pilot")
 HEAVY = ("pandas", "sklearn", "hmmlearn", "matplotlib", "scipy", "numba", "pyarrow")
 
 def heavy_after(
