@@ -64,7 +64,7 @@ def read_reply(
         return payload.get("result")
     raise InputError(f"the exchange refused with {status}: {_error_words(payload)}; check symbol, resolution and dates")
 
-# %% ../../nbs/live/70_exchange.ipynb #f56495f3
+# %% ../../nbs/live/70_exchange.ipynb #2c012028
 INSIST = Patience(connect=5.0, answer=15.0, total=900.0, retries=7, first=0.5, longest=30.0, failures=8)  # a full quota window is 300 seconds
 
 def open_client(
@@ -77,7 +77,7 @@ def open_client(
         raise InputError(f"base URL: expected scheme and host such as {BASE_URL} and no path, got {base_url!r}")
     here = parts.hostname in ("localhost", "127.0.0.1", "::1")
     return httpx.Client(base_url=base_url, headers={"User-Agent": f"delta_go/{__version__}", "Accept": "application/json"},
-                        timeout=timeout, trust_env=not here)
+                        timeout=timeout, trust_env=not here, verify=parts.scheme == "https")
 
 # %% ../../nbs/live/70_exchange.ipynb #2685c844
 def _try_once(client: httpx.Client, path: str, parameters: Mapping[str, Any], timeout: httpx.Timeout) -> tuple[Any, float | None]:

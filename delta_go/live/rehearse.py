@@ -6,10 +6,11 @@
 __all__ = ['KEY', 'child', 'says_where', 'answers_at', 'Rehearsal', 'exchange_words', 'stage', 'free_ports', 'board',
            'window_from', 'fly', 'rehearse', 'set_all_leverage']
 
-# %% ../../nbs/live/85_rehearse.ipynb #f9ab4db5
+# %% ../../nbs/live/85_rehearse.ipynb #55f909ee
 import contextlib
 import math
 import os
+import socket
 import subprocess
 import sys
 import time as timer
@@ -25,17 +26,17 @@ import numpy as np
 from ..domain import DeltaGoError, InputError, Trade
 from ..learning.features import WINDOW
 from ..learning.registry import load_models
-from .account import Account, Budget, ExchangeClock, payments, synchronise
+from .account import Account, Budget, ExchangeClock, payments, set_leverage, synchronise
 from .executor import Executor
 from .exchange import Credentials, fetch_candles, fetch_listings
-from .flight import Flight, ledger_from
+from .flight import Flight, close_bar, ledger_from
 from .journal import open_journal
 from ..market.candles import Candles, step_of
 from ..market.load import load_market
 from ..market.venue import find_product
 from ..serving.client import ServiceAdviser
 from ..trading.intents import SECOND, Rules, Tick
-from ..trading.messages import Answer
+from ..trading.messages import Accepted, Answer
 from ..trading.risk import RiskLimits
 
 # %% ../../nbs/live/85_rehearse.ipynb #2e498491
@@ -82,7 +83,7 @@ def answers_at(
         raise DeltaGoError(f"the service at {address} is not ready; start it alone to see why")
     return wait
 
-# %% ../../nbs/live/85_rehearse.ipynb #8a468ac8
+# %% ../../nbs/live/85_rehearse.ipynb #2d0be8ee
 @dataclass(frozen=True, slots=True)
 class Rehearsal:
     "What to fly over."
@@ -129,14 +130,13 @@ def free_ports(
     count: int,
 ) -> list[int]:
     "Ports that nobody listens on at this moment."
-    import socket
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for sock in sockets:
             sock.bind(("127.0.0.1", 0))
         return [sock.getsockname()[1] for sock in sockets]
 
-# %% ../../nbs/live/85_rehearse.ipynb #f3a48fac
+# %% ../../nbs/live/85_rehearse.ipynb #54cb885b
 def board(
     exchange: str,            # address
     symbols: Sequence[str],
@@ -179,14 +179,14 @@ def fly(
             ahead[0] = 0
             synchronise(flight.executor.account, 1)
             if told["open"] is not None:
-                flight.close(told["open"], step, told["present"], told["last"])
+                close_bar(flight, told["open"], step, told["present"], told["last"])
                 progress(told["time"])
                 closes += 1
             if told["done"]:
                 flight.catch_up()
                 return closes
 
-# %% ../../nbs/live/85_rehearse.ipynb #55c497ed
+# %% ../../nbs/live/85_rehearse.ipynb #7c7407ac
 def rehearse(
     rehearsal: Rehearsal,
     limits: RiskLimits | None = None,
@@ -229,8 +229,6 @@ def set_all_leverage(
     leverage: float,
 ) -> None:
     "The same leverage for all; InputError where the exchange does not take it."
-    from delta_go.live.account import set_leverage
-    from delta_go.trading.messages import Accepted
     for symbol in symbols:
         if leverage != int(leverage) or not isinstance(set_leverage(account, symbol, int(leverage)), Accepted):
             raise InputError(f"DELTA_LEVERAGE: expected a whole number that the exchange takes for {symbol}, got {leverage:g}")

@@ -111,7 +111,7 @@ Auth = Annotated[Literal["none", "api_key", "iam"], words("none, api_key or iam"
 Keys = Annotated[tuple[ApiKey, ...], words("caller:key pairs separated by commas, each key 32 to 256 visible characters, at most two a caller, none twice")]
 Emails = Annotated[tuple[str, ...], words("mail addresses separated by commas")]
 
-# %% ../../nbs/serving/62_access.ipynb #e1aa43c5
+# %% ../../nbs/serving/62_access.ipynb #608134c2
 Audience = Annotated[str, words("the service's https address", pattern=r"^https://[^\s,/]{1,253}(/[^\s,]*)?\Z")]
 Threads = Annotated[int, words("a whole number, 1 to 64", ge=1, le=64)]
 Queue = Annotated[int, words("a whole number, 1 to 10000", ge=1, le=10_000)]
@@ -134,7 +134,6 @@ class ServiceSettings(msgspec.Struct, frozen=True):
     queue: Queue = variable("SERVICE_QUEUE", 64)                # requests that may wait
     body_seconds: Seconds = variable("SERVICE_BODY_SECONDS", 5.0)  # how long a body may take to arrive
     k_service: Label = variable("K_SERVICE", "")                # Cloud Run sets it: the service's name
-    k_revision: Label = variable("K_REVISION", "")              # Cloud Run sets it: the revision's name
     git_sha: Sha = variable("GIT_SHA", "")
     google_cloud_project: Label = variable("GOOGLE_CLOUD_PROJECT", "")
     log_level: Level = variable("LOG_LEVEL", "INFO")

@@ -187,14 +187,14 @@ button[type=submit] { background: var(--accent); color: var(--card); font-weight
 #headline { font-size: 1.25rem; font-weight: 600; margin: 0; overflow-wrap: anywhere } #headline.bad { color: var(--bad) } #status { margin: .1rem 0 .6rem }
 """
 
-# %% ../../nbs/serving/61_describe.ipynb #3ba332fc
+# %% ../../nbs/serving/61_describe.ipynb #261ccdd4
 _SCRIPT = """
 const form = document.querySelector("form"), [headline, status, answer] = ["headline", "status", "answer"].map(id => document.getElementById(id));
 const inWords = body => body.answers ? `${body.answers.length} answers` : body.state_probabilities ? `${body.regime}, ${(100 * body.confidence).toFixed(1)} %`
   : "should_trade" in body ? `${body.should_trade ? "Take it" : "Leave it"}: ${body.reason}` : body.detail || "";
 form.addEventListener("submit", async event => {
   event.preventDefault();
-  const key = form.elements.key.value.trim(), headers = {"Content-Type": "application/json", ...(key ? {"X-API-Key": key} : {})}, begun = performance.now();
+  const headers = {"Content-Type": "application/json"}, begun = performance.now();
   headline.textContent = "Asking…"; headline.className = status.textContent = answer.textContent = "";
   try {
     const reply = await fetch(form.dataset.path, {method: "POST", headers, body: form.elements.question.value}), text = await reply.text();
@@ -260,7 +260,7 @@ def _card(card: Mapping[str, Any]) -> str:
     verdict = f'<p class="verdict">{_shown("verdict", card["verdict"])}</p>' if "verdict" in card else ""
     return f"{verdict}{_shown('card', facts)}{models}"
 
-# %% ../../nbs/serving/61_describe.ipynb #5d97c831
+# %% ../../nbs/serving/61_describe.ipynb #22f55bd9
 def _laid_out(sample: Mapping[str, Any]) -> str:
     "JSON with one field a line."
     return "{\n" + ",\n".join(f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in sample.items()) + "\n}"
@@ -269,7 +269,6 @@ def _form(service: ServiceInfo) -> str:
     "The box to ask from, filled with a request that works."
     return f"""<form data-path="{escape(service.path)}">
 <label for="question">Request</label><textarea id="question" name="question" spellcheck="false" autocomplete="off">{escape(_laid_out(service.sample))}</textarea>
-<label for="key">API key, if the service asks for one</label><input id="key" name="key" type="password" autocomplete="off">
 <div class="row"><button type="submit">Send</button><button type="reset">Restore the sample</button></div>
 </form><div aria-live="polite"><p id="headline"></p><p id="status"></p></div><pre id="answer" tabindex="0"></pre>"""
 

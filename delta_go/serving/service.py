@@ -7,7 +7,7 @@ __all__ = ['Answer', 'CHUNK', 'LOG', 'OPEN_HEADERS', 'Outcome', 'Asked', 'ModelS
            'enter', 'question', 'leave', 'refuse', 'refuse_http', 'refuse_unforeseen', 'live', 'ready', 'started',
            'show_page', 'show_openapi', 'show_metrics', 'make_app', 'function_app', 'as_function']
 
-# %% ../../nbs/serving/65_service.ipynb #55352fc4
+# %% ../../nbs/serving/65_service.ipynb #3061d1c9
 import logging
 import secrets
 import threading
@@ -27,7 +27,7 @@ from .access import ServiceSettings, authenticate, check_exposure, read_settings
 from .contract import MAX_BODY, Problem, check_media_type, encode, problem_body
 from .describe import ServiceInfo, openapi, page
 from .holder import Held, ModelHolder
-from .telemetry import OTHER, REDACTOR, ROUTES, STARS, Metrics, configure_logging, known, register_secret, request_id_of, trace_of
+from .telemetry import OTHER, REDACTOR, ROUTES, STARS, Metrics, configure_logging, known, log_fields, register_secret, request_id_of, trace_of
 
 # %% ../../nbs/serving/65_service.ipynb #f0cfc0cb
 @dataclass(frozen=True, slots=True)
@@ -130,7 +130,7 @@ class Service:
         self.metrics.refuse(problem.code)
         self.metrics.requests.labels(OTHER, OTHER, str(problem.status)).inc()
 
-# %% ../../nbs/serving/65_service.ipynb #b3357a97
+# %% ../../nbs/serving/65_service.ipynb #03684acd
 def enter(
     service: Service,
 ) -> None:
@@ -150,7 +150,8 @@ def question(
     try:
         held, asked = service.holder.get(), read_body(request)
         g.read = True
-        body, outcomes = service.kind.answer(held, Asked(asked, request.args, service.clock(), g.request_id))
+        with log_fields(request_id=g.request_id, trace_id=g.trace.trace_id):
+            body, outcomes = service.kind.answer(held, Asked(asked, request.args, service.clock(), g.request_id))
     finally:
         service.room.release()
     for outcome in outcomes:

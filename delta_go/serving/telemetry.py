@@ -7,8 +7,8 @@ __all__ = ['TRACEPARENT', 'CLOUD_TRACE', 'REQUEST_ID', 'STARS', 'SECRET_NAME', '
            'REDACTOR', 'DEEPEST', 'MOST_ITEMS', 'LONGEST_TEXT', 'FIELDS', 'USUAL', 'SEVERITIES', 'ROUTES', 'METHODS',
            'OUTCOMES', 'OTHER', 'LATENCIES', 'SHARES', 'Trace', 'trace_of', 'request_id_of', 'patterns', 'forms_of',
            'Redactor', 'register_secret', 'redact', 'text_of', 'opened', 'plain', 'log_fields', 'message_of',
-           'failure_of', 'simple', 'time_of', 'JsonFormatter', 'RedactFilter', 'QuietHandler', 'log_uncaught',
-           'configure_logging', 'known', 'Meters', 'Metrics']
+           'failure_of', 'simple', 'time_of', 'JsonFormatter', 'QuietHandler', 'log_uncaught', 'configure_logging',
+           'known', 'Meters', 'Metrics']
 
 # %% ../../nbs/serving/63_telemetry.ipynb #4884b2c5
 import base64
@@ -318,19 +318,6 @@ class JsonFormatter(logging.Formatter):
             except Exception as error:
                 kind = type(error).__name__
         return json.dumps({"severity": "ERROR", "message": f"(a record that could not be written: {kind})"})
-
-# %% ../../nbs/serving/63_telemetry.ipynb #b474a16c
-class RedactFilter(logging.Filter):
-    "Rewrites records so that any formatter prints them without secrets."
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        "Always true: the record stays, its secrets do not."
-        failure = failure_of(record)
-        record.msg, record.args = message_of(record), None
-        record.exc_text, record.exc_info, record.stack_info = failure or None, None, None
-        for name in vars(record).keys() - USUAL:
-            setattr(record, name, STARS if SECRET_NAME.search(name.lower()) else plain(getattr(record, name)))
-        return True
 
 # %% ../../nbs/serving/63_telemetry.ipynb #f78842c2
 class QuietHandler(logging.StreamHandler):
