@@ -39,7 +39,7 @@ from ..trading.intents import SECOND, Rules, Tick
 from ..trading.messages import Accepted, Answer
 from ..trading.risk import RiskLimits
 
-# %% ../../nbs/live/85_rehearse.ipynb #2e498491
+# %% ../../nbs/live/85_rehearse.ipynb #9e11178d
 @contextlib.contextmanager
 def child(
     words: Sequence[str],            # arguments of this Python
@@ -60,12 +60,14 @@ def child(
 def says_where(
     process: subprocess.Popen[str],
 ) -> str:
-    "The address a process prints when it listens; what it said instead, if it ends first."
+    "The address a process prints when it listens. If it ends first, what it said instead: InputError where the input was wrong."
     told = []
     for line in process.stdout or ():
         told.append(line.strip())
         if line.startswith("http://"):
             return line.strip()
+    if process.wait() == 2:
+        raise InputError(" ".join(told[-3:]).removeprefix("error: "))
     raise DeltaGoError(f"the emulated exchange ended before it listened: {' '.join(told[-3:])}")
 
 def answers_at(
