@@ -4,15 +4,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 import httpx
-import numpy as np
 import pytest
 
 from delta_go.learning.advice import LocalAdviser
 from delta_go.learning.reading import read_market
 from delta_go.learning.registry import load_models
-from delta_go.live.account import payments, synchronise
+from delta_go.live.account import synchronise
 from delta_go.live.emulator import running
-from delta_go.live.flight import Flight, Logbook, close_bar, ledger_from, read_on
+from delta_go.live.flight import Flight, Logbook, close_bar, ledger_from, note_payments, read_on
 from delta_go.live.pace import Setup
 from delta_go.live.rehearse import board, window_from
 from delta_go.market.load import load_market, parse_time
@@ -71,17 +70,17 @@ def flown(market, models, policy, folder, restart=0):
                 read_on(before, flight.executor.entries)
                 flight.executor.journal.close()
                 flight, ahead = take_off(exchange.url)
-                flight.last = {symbol: float(bars.close[np.searchsorted(bars.time, told["open"]) - 1]) for symbol, bars in market.candles.items()}
                 assert replace(read_on(Logbook(), flight.executor.entries), read=0) == replace(before, read=0)
             ahead[0] = 0
             synchronise(flight.executor.account, 1)
-            _, refused = close_bar(flight, told["open"], 3600, told["present"], told["last"])
-            assert not refused
+            assert close_bar(flight, told["open"], 3600, told["last"]) == {} == flight.silent
             closes += 1
             if told["done"]:
                 break
         flight.catch_up()
-        ledger = ledger_from(flight.executor.entries, payments(flight.executor.account, 0).value, PRODUCTS, 10_000.0)
+        read_on(flight.log, flight.executor.entries)
+        assert note_payments(flight, told["open"])
+        ledger = ledger_from(flight.executor.entries, PRODUCTS, 10_000.0)
         flight.executor.journal.close()
         return ledger
 

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['BASE_URL', 'INSIST', 'PAGE', 'Progress', 'read_reply', 'open_client', 'ask', 'missing_windows', 'read_candle_rows',
-           'fetch_candles', 'funding_from_candles', 'fetch_funding', 'Download', 'download', 'download_funding',
-           'Listing', 'read_listing', 'fetch_listings', 'on_tick', 'stop_on_tick', 'Credentials', 'sign']
+           'usable', 'candles_from', 'fetch_candles', 'funding_from_candles', 'funding_from', 'fetch_funding',
+           'Download', 'download', 'download_funding', 'Listing', 'read_listing', 'fetch_listings', 'on_tick',
+           'stop_on_tick', 'Credentials', 'sign']
 
 # %% ../../nbs/live/70_exchange.ipynb #b8867184
 import hashlib
@@ -140,10 +141,12 @@ def read_candle_rows(
     values = np.array([bars[t] for t in time.tolist()], np.float64).reshape(-1, 5)
     return Candles(symbol, step, time, *np.ascontiguousarray(values.T))
 
-# %% ../../nbs/live/70_exchange.ipynb #ecb570e5
+# %% ../../nbs/live/70_exchange.ipynb #69a3fc47
 _IMPOSSIBLE = ("not_finite", "not_positive", "negative_volume", "high_below_low", "outside_range", "misaligned")
 
-def _usable(candles: Candles) -> Candles:
+def usable(
+    candles: Candles,
+) -> Candles:
     "Without the bars that no market could have printed."
     faults = find_faults(columns_of(candles), candles.step)
     bad = [row for fault in faults if fault.kind in _IMPOSSIBLE for row in fault.rows]
@@ -158,9 +161,9 @@ def _pages(client: httpx.Client, symbol: str, resolution: str, windows: list[tup
         candles = read_candle_rows(rows, symbol, step, before if at is None else min(before, at))
         yield candles[(candles.time >= first) & (candles.time <= last)]
 
-# %% ../../nbs/live/70_exchange.ipynb #f895ff9e
-def fetch_candles(
-    base_url: str,
+# %% ../../nbs/live/70_exchange.ipynb #4e691282
+def candles_from(
+    client: httpx.Client,         # of the exchange
     symbol: str,                  # the exchange's name, such as BTCUSD or MARK:BTCUSD
     resolution: str,              # a name of RESOLUTIONS
     start: int,                   # first open wanted, seconds UTC
@@ -170,11 +173,23 @@ def fetch_candles(
 ) -> Candles:  # maybe with holes, maybe empty
     "The closed bars of a range, oldest first."
     step, nothing = step_of(resolution), np.zeros(0, np.int64)
-    with open_client(base_url) as client:
-        pages = [_usable(page) for page in _pages(client, symbol, resolution, missing_windows(start, end, step, clock(), nothing), clock, patience)]
+    pages = [usable(page) for page in _pages(client, symbol, resolution, missing_windows(start, end, step, clock(), nothing), clock, patience)]
     return Candles(symbol, step, **{name: np.concatenate([nothing.astype(np.int64 if name == "time" else np.float64), *(getattr(page, name) for page in pages)]) for name in COLUMNS})
 
-# %% ../../nbs/live/70_exchange.ipynb #07ef8ac1
+def fetch_candles(
+    base_url: str,
+    symbol: str,
+    resolution: str,
+    start: int,
+    end: int,
+    clock: Callable[[], float],
+    patience: Patience = INSIST,
+) -> Candles:
+    "The same over a connection of its own."
+    with open_client(base_url) as client:
+        return candles_from(client, symbol, resolution, start, end, clock, patience)
+
+# %% ../../nbs/live/70_exchange.ipynb #b922e2b9
 def funding_from_candles(
     symbol: str,
     candles: Candles,  # of FUNDING:symbol, values in percent
@@ -185,8 +200,8 @@ def funding_from_candles(
     time, first = np.unique(due, return_index=True)
     return Funding(symbol, time, candles.open[known][first] / 100)
 
-def fetch_funding(
-    base_url: str,
+def funding_from(
+    client: httpx.Client,         # of the exchange
     symbol: str,                  # without the FUNDING: prefix
     start: int,                   # first exchange time wanted, seconds UTC
     end: int,                     # exchange times before this
@@ -195,13 +210,24 @@ def fetch_funding(
 ) -> Funding:  # maybe with holes, maybe empty
     "The funding rates of a range, oldest first."
     first, last = math.ceil(start / FUNDING_STEP) * FUNDING_STEP, math.ceil(end / FUNDING_STEP) * FUNDING_STEP
-    with open_client(base_url) as client:
-        windows = missing_windows(first, last, 3600, clock(), np.zeros(0, np.int64))
-        pages = [funding_from_candles(symbol, page) for page in _pages(client, f"FUNDING:{symbol}", "1h", windows, clock, patience)]
+    windows = missing_windows(first, last, 3600, clock(), np.zeros(0, np.int64))
+    pages = [funding_from_candles(symbol, page) for page in _pages(client, f"FUNDING:{symbol}", "1h", windows, clock, patience)]
     rates = {time: rate for page in reversed(pages) for time, rate in zip(page.time.tolist(), page.rate.tolist())}
     return Funding(symbol, np.array(sorted(rates), np.int64), np.array([rates[time] for time in sorted(rates)], np.float64))
 
-# %% ../../nbs/live/70_exchange.ipynb #81ebec24
+def fetch_funding(
+    base_url: str,
+    symbol: str,
+    start: int,
+    end: int,
+    clock: Callable[[], float],
+    patience: Patience = INSIST,
+) -> Funding:
+    "The same over a connection of its own."
+    with open_client(base_url) as client:
+        return funding_from(client, symbol, start, end, clock, patience)
+
+# %% ../../nbs/live/70_exchange.ipynb #9cb99faf
 Progress = Callable[[str, int, int], None]  # what, pages done, pages in all
 
 @dataclass(frozen=True, slots=True)
@@ -225,9 +251,9 @@ def _download_one(client: httpx.Client, folder: Path | str, symbol: str, resolut
     changed: list[int] = []
     progress(symbol, 0, len(windows))
     for done, page in enumerate(_pages(client, symbol, resolution, windows, clock, patience), 1):
-        usable = _usable(page)
-        merge = append_candles(folder, usable, math.inf)
-        added, changed, dropped = added + merge.added, changed + list(merge.changed), dropped + len(page) - len(usable)
+        kept = usable(page)
+        merge = append_candles(folder, kept, math.inf)
+        added, changed, dropped = added + merge.added, changed + list(merge.changed), dropped + len(page) - len(kept)
         progress(symbol, done, len(windows))
     missing = int((~np.isin(_slots(*wanted), stored())).sum())
     return Download(symbol, len(windows), added, tuple(changed), dropped, missing)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['put_question', 'Executor']
 
-# %% ../../nbs/live/83_executor.ipynb #a99ed05f
+# %% ../../nbs/live/83_executor.ipynb #5140ce4e
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,7 +14,7 @@ from ..domain import StopTrading
 from .account import Account, cancel_order, fills, open_orders, order_by_client_id, order_history, place_order, position
 from .journal import Journal, Row, entry_of
 from .orders import faults, recover, step
-from ..trading.intents import Answered, Ask, Cancel, Effect, Entry, Event, Question, Record, Refused, Report, Rules, Send, SendResult, State
+from ..trading.intents import Answered, Ask, Cancel, Effect, Entry, Event, Place, Question, Record, Refused, Report, Rules, Send, SendResult, State
 from ..trading.messages import Answer, CouldNotAsk
 
 # %% ../../nbs/live/83_executor.ipynb #33f61ada
@@ -32,7 +32,7 @@ def put_question(
         return open_orders(account)
     return (order_history if kind == "history" else fills)(account, question.since_us)
 
-# %% ../../nbs/live/83_executor.ipynb #ba324ff1
+# %% ../../nbs/live/83_executor.ipynb #dce39a57
 class Executor:
     "Carries out the protocol's effects over one account and one journal."
     def __init__(
@@ -52,15 +52,21 @@ class Executor:
         "Take events, and everything that follows from them until nothing is left to do; the wishes that were refused."
         waiting, refused = deque(events), []
         while waiting:
-            now = self.now_us()
-            before, (self.state, effects) = self.state, step(self.state, waiting.popleft(), now)
+            now, event = self.now_us(), waiting.popleft()
+            before, (self.state, effects) = self.state, step(self.state, event, now)
             if broken := faults(before, effects, self.state):
                 raise StopTrading(f"the order protocol would break a promise: {'; '.join(broken)}")
-            for effect in effects:
-                if isinstance(effect, Refused):
-                    refused.append(effect)
-                elif (event := self._do(effect, now)) is not None:
-                    waiting.append(event)
+            try:
+                for effect in effects:
+                    if isinstance(effect, Refused):
+                        refused.append(effect)
+                    elif (follows := self._do(effect, now)) is not None:
+                        waiting.append(follows)
+            except StopTrading as error:
+                if not (isinstance(event, Place) and self.journal.full):
+                    raise
+                self.state = before
+                refused.append(Refused(event, str(error)))
         return refused
 
     def write(

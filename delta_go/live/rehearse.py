@@ -6,7 +6,7 @@
 __all__ = ['KEY', 'child', 'says_where', 'answers_at', 'Rehearsal', 'exchange_words', 'stage', 'free_ports', 'board',
            'window_from', 'fly', 'rehearse', 'set_all_leverage']
 
-# %% ../../nbs/live/85_rehearse.ipynb #55f909ee
+# %% ../../nbs/live/85_rehearse.ipynb #18b02723
 import contextlib
 import math
 import os
@@ -26,17 +26,17 @@ import numpy as np
 from ..domain import DeltaGoError, InputError, Trade
 from ..learning.features import WINDOW
 from ..learning.registry import load_models
-from .account import Account, Budget, ExchangeClock, payments, set_leverage, synchronise
+from .account import Account, Budget, ExchangeClock, set_leverage, synchronise
 from .executor import Executor
 from .exchange import Credentials, fetch_candles, fetch_listings
-from .flight import Flight, close_bar, ledger_from
+from .flight import Flight, close_bar, ledger_from, note_payments, read_on
 from .journal import open_journal
 from ..market.candles import Candles, step_of
 from ..market.load import load_market
 from ..market.venue import find_product
 from ..serving.client import ServiceAdviser
 from ..trading.intents import SECOND, Rules, Tick
-from ..trading.messages import Accepted, Answer
+from ..trading.messages import Accepted
 from ..trading.risk import RiskLimits
 
 # %% ../../nbs/live/85_rehearse.ipynb #9e11178d
@@ -138,7 +138,7 @@ def free_ports(
             sock.bind(("127.0.0.1", 0))
         return [sock.getsockname()[1] for sock in sockets]
 
-# %% ../../nbs/live/85_rehearse.ipynb #54cb885b
+# %% ../../nbs/live/85_rehearse.ipynb #cdde65a1
 def board(
     exchange: str,            # address
     symbols: Sequence[str],
@@ -181,14 +181,19 @@ def fly(
             ahead[0] = 0
             synchronise(flight.executor.account, 1)
             if told["open"] is not None:
-                close_bar(flight, told["open"], step, told["present"], told["last"])
+                close_bar(flight, told["open"], step, told["last"])
+                if flight.silent:
+                    raise DeltaGoError(f"the models did not answer: {'; '.join(flight.silent.values())}")
                 progress(told["time"])
                 closes += 1
             if told["done"]:
                 flight.catch_up()
+                read_on(flight.log, flight.executor.entries)
+                if not note_payments(flight, told["time"] - step):
+                    raise DeltaGoError("the wallet's payments could not be read; the ledger would lack its funding")
                 return closes
 
-# %% ../../nbs/live/85_rehearse.ipynb #7c7407ac
+# %% ../../nbs/live/85_rehearse.ipynb #9ae349e4
 def rehearse(
     rehearsal: Rehearsal,
     limits: RiskLimits | None = None,
@@ -220,10 +225,7 @@ def rehearse(
 
         flight = Flight(executor, adviser, [find_product(symbol) for symbol in symbols], limits, catch_up, window_from(exchange, resolution), funding, rehearsal.gated)
         fly(flight, exchange, ahead, step_of(resolution), progress)
-        paid = payments(executor.account, 0)
-        if not isinstance(paid, Answer):
-            raise DeltaGoError("the wallet's payments could not be read; the ledger would lack its funding")
-        return ledger_from(executor.entries, paid.value, {symbol: find_product(symbol) for symbol in symbols}, rehearsal.equity)
+        return ledger_from(executor.entries, {symbol: find_product(symbol) for symbol in symbols}, rehearsal.equity)
 
 def set_all_leverage(
     account: Account,

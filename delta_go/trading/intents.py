@@ -18,8 +18,8 @@ from typing import Any, Literal
 from .messages import Answer, CouldNotAsk, Fill, Order, OrderRequest, Outcome
 from .news import FillSeen, Gap, OrderSeen, PositionSeen
 
-# %% ../../nbs/trading/49_intents.ipynb #c6958cc9
-Kind = Literal["lease", "decision", "intent", "outcome", "fill", "equity", "halt"]
+# %% ../../nbs/trading/49_intents.ipynb #d57b3158
+Kind = Literal["lease", "decision", "intent", "refused", "outcome", "fill", "payment", "equity", "halt"]
 
 @dataclass(frozen=True, slots=True)
 class Entry:
