@@ -148,7 +148,7 @@ def _subscribe(session: Session, given: Any) -> tuple[list[dict[str, Any]], list
         new += [(name, symbol) for symbol in fresh] if name not in WITHOUT_SYMBOLS else [(name, "")]
     return refused, new
 
-# %% ../../nbs/live/80_channels.ipynb #18abf6d6
+# %% ../../nbs/live/80_channels.ipynb #2907e10c
 def snapshots(
     desk: Desk,
     session: Session,
@@ -158,7 +158,7 @@ def snapshots(
 ) -> list[tuple[str, dict[str, Any]]]:  # channel, message
     "What a new subscription is told at once."
     if channel == "system_status":
-        return [(channel, {"type": channel, "event": "snapshot", "status": "live", "timestamp": now})]
+        return [(channel, {"type": channel, "event": "snapshot", "status": desk.system, "timestamp": now})]
     symbols = [name for name in desk.exchange.last if symbol == name] if symbol != "all" else list(desk.exchange.last) if channel in ("orders", "positions") else []
     found: list[tuple[str, dict[str, Any]]] = []
     for name in symbols:

@@ -20,7 +20,7 @@ from .wire import PRODUCT_IDS, text
 from ..market.accounts import Account, Exchange, Position, Refusal, Ticket
 from ..market.replay import Replay
 
-# %% ../../nbs/live/78_door.ipynb #37d15a6c
+# %% ../../nbs/live/78_door.ipynb #a1fcbf87
 @dataclass(frozen=True, slots=True)
 class Request:
     "What arrived, byte for byte where a signature depends on it."
@@ -57,6 +57,7 @@ class Desk:
     forming: dict[str, dict[str, Any]] = field(default_factory=dict)      # the bar so far, by symbol
     heartbeats: dict[tuple[int, str], dict[str, Any]] = field(default_factory=dict)
     past: dict[int, list[tuple[int, dict[str, Position]]]] = field(default_factory=dict)  # positions as they were, by user
+    system: str = "live"              # or maintenance, degraded_mode: what the exchange says of itself
 
 # %% ../../nbs/live/78_door.ipynb #8d223109
 WINDOW = 5.0  # seconds a signature lives

@@ -268,7 +268,7 @@ def _cancel_scope(desk: Desk, account: Account, symbols: list[str], now: int) ->
         if order.live and order.ticket.symbol in symbols and not spared:
             cancel(desk.exchange, account, order, now, "cancelled_by_heartbeat")
 
-# %% ../../nbs/live/79_endpoints.ipynb #e959ef8a
+# %% ../../nbs/live/79_endpoints.ipynb #1504123b
 def products(call: Call) -> Any:
     "GET products, and one of them."
     symbol = call.parts.get("symbol")
@@ -317,7 +317,7 @@ def candles(call: Call) -> Any:
 
 def settings(call: Call) -> Any:
     "GET settings: the exchange's clock."
-    return {"server_time": call.now, "under_maintenance": "false"}
+    return {"server_time": call.now, "under_maintenance": "true" if call.desk.system == "maintenance" else "false"}
 
 def quota(call: Call) -> Any:
     "GET rate_limits/quota: the one reply without an envelope."

@@ -7,7 +7,7 @@ __all__ = ['Happening', 'Doing', 'SILENCE', 'PING', 'PONG', 'APART', 'MOST', 'LO
            'step_line', 'channels', 'login', 'open_socket', 'Socket', 'Senses', 'Listening', 'say', 'renewal',
            'happening_in', 'refused_in', 'Stream']
 
-# %% ../../nbs/live/72_stream.ipynb #232d36c7
+# %% ../../nbs/live/72_stream.ipynb #3be05d3c
 import json
 import logging
 import math
@@ -25,7 +25,7 @@ from .. import __version__
 from ..domain import InputError, RetryError
 from .exchange import Credentials, sign
 from ..market.candles import step_of
-from ..trading.news import BookSeen, Event, Feed, Gap, House, Live, PriceSeen
+from ..trading.news import BookSeen, CandleSeen, Event, Feed, Gap, House, Live, PriceSeen
 
 # %% ../../nbs/live/72_stream.ipynb #a2dbb8b3
 Happening = Literal["tick", "opened", "login", "heartbeat", "pong", "lost", "too_often"]
@@ -160,7 +160,7 @@ class Socket:
         if gone:
             threading.Thread(target=gone.close, daemon=True).start()
 
-# %% ../../nbs/live/72_stream.ipynb #8d3d0bad
+# %% ../../nbs/live/72_stream.ipynb #6445de97
 @dataclass(frozen=True, slots=True)
 class Senses:
     "What a stream needs of the world."
@@ -178,6 +178,7 @@ class Listening:
     resolution: str                           # of candles
     credentials: Credentials | None = None    # of the private house
     books: bool = False                       # order books too
+    forming: bool = False                     # bars so far too, at every change
 
     def __post_init__(self) -> None:
         if urlsplit(self.url).scheme not in ("ws", "wss") or not urlsplit(self.url).hostname:
@@ -228,12 +229,12 @@ def refused_in(
     entries = message.get("channels") if message.get("type") == "subscriptions" else None
     return [f"{entry.get('name')}: {entry['error']}" for entry in entries or [] if isinstance(entry, dict) and entry.get("error")]
 
-# %% ../../nbs/live/72_stream.ipynb #e33b6483
+# %% ../../nbs/live/72_stream.ipynb #2c8e3504
 class Stream:
     "One house of the exchange, heard in a thread."
     def __init__(self, to: Listening, senses: Senses, events: "Queue[Event]"):
         self._to, self._senses, self._events = to, senses, events
-        self._feed, self.line = Feed(to.house, step_of(to.resolution)), Line(to.house == "private")
+        self._feed, self.line = Feed(to.house, step_of(to.resolution), to.forming), Line(to.house == "private")
         self._socket, self._renewed = Socket(), dict[tuple[str, str], float]()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"{to.house} stream", daemon=True)
@@ -288,5 +289,5 @@ class Stream:
 
     def _put(self, events: Sequence[Event]) -> None:
         for event in events:
-            if not (isinstance(event, PriceSeen | BookSeen) and self._events.qsize() > CROWDED):
+            if not (isinstance(event, PriceSeen | BookSeen | CandleSeen) and self._events.qsize() > CROWDED):
                 self._events.put(event)
