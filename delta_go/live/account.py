@@ -56,7 +56,7 @@ class ExchangeClock:
         spread = max(fresh) - min(fresh)
         return f"samples of the exchange's time disagree by {spread:.1f} s" if spread > self._jitter else None
 
-# %% ../../nbs/live/71_account.ipynb #7bec5474
+# %% ../../nbs/live/71_account.ipynb #84e17583
 def weight_of(
     method: str,
     path: str,    # from /v2 on, without the query
@@ -88,6 +88,11 @@ class Budget:
             return self._ends - now
         self.used += weight
         return 0.0
+
+    @property
+    def share(self) -> float:
+        "How much of our part of the limit this window has used, 0 to 1."
+        return self.used / self._limit
 
     def close(self, seconds: float, now: float) -> None:
         "The exchange has named the time until it listens again; nothing goes out before."
