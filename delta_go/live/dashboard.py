@@ -437,7 +437,7 @@ class Server(ThreadedWSGIServer):
         self.shutdown()
         self.server_close()
 
-# %% ../../nbs/live/91_dashboard.ipynb #4776949f
+# %% ../../nbs/live/91_dashboard.ipynb #97949a71
 def open_server(
     folder: Path,
     host: str,
@@ -451,7 +451,7 @@ def open_server(
     try:
         listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=64)
     except OSError as error:
-        raise InputError(f"dashboard: cannot listen on {host} port {port} ({error.strerror}); choose another port") from None
+        raise InputError(f"dashboard: cannot listen on {host} port {port} ({str(error.strerror).partition(' (')[0]}); choose another port") from None
     with listener:
         return Server(host, listener.getsockname()[1], make_dashboard(folder, door), Handler, fd=listener.fileno())
 
