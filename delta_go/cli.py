@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'data_app', 'Symbols', 'Resolution', 'Start', 'End', 'Seed', 'Jobs', 'AllowGaps', 'main', 'split_words', 'run',
-           'check', 'simulate', 'import_file', 'fetch', 'backtest', 'serve', 'emulate', 'rehearse']
+           'check', 'simulate', 'import_file', 'fetch', 'backtest', 'serve', 'emulate', 'rehearse', 'bot', 'dashboard',
+           'explain']
 
 # %% ../nbs/98_cli.ipynb #a7b6d849
 import json
@@ -190,7 +191,7 @@ def serve(
     start = "from delta_go.serving.server import main; main()"
     os.execve(sys.executable, [sys.executable, "-c", start, name], {**os.environ, "PORT": str(port), "HOST": host})
 
-# %% ../nbs/98_cli.ipynb #e72ec202
+# %% ../nbs/98_cli.ipynb #f470baff
 @app.command()
 def emulate(
     data: Annotated[str, typer.Option(help="Folder of candle files; the simulated market by default.")] = "",
@@ -198,15 +199,16 @@ def emulate(
     speed: Annotated[float, typer.Option(help="Market seconds a second; 0 waits for acknowledgements.")] = 1.0,
     faults: Annotated[Path | None, typer.Option(help="JSON file of faults and answers.")] = None,
     symbols: Symbols = "", resolution: Resolution = "1h", start: Start = "", end: End = "", seed: Seed = 0, allow_gaps: AllowGaps = False,
+    today: Annotated[bool, typer.Option("--today", help="Move the market so that it is played now, by this machine's clock.")] = False,
 ) -> None:
     "Run an emulated exchange until it is interrupted; prints its address."
     from delta_go.live.emulator import serve as serve_exchange
     from delta_go.live.faults import Script, read_script
     from delta_go.live.pace import Setup
-    serve_exchange(Setup(data, resolution, tuple(split_words(symbols)), start or None, end or None, seed, allow_gaps=allow_gaps, port=port, speed=speed,
+    serve_exchange(Setup(data, resolution, tuple(split_words(symbols)), start or None, end or None, seed, allow_gaps=allow_gaps, port=port, speed=speed, today=today,
                          script=read_script(faults) if faults else Script()), typer.echo)
 
-# %% ../nbs/98_cli.ipynb #53cb4f32
+# %% ../nbs/98_cli.ipynb #957d6197
 @app.command()
 def rehearse(
     data: Annotated[str, typer.Option(help="Folder of candle files; the simulated market by default.")] = "",
@@ -216,6 +218,7 @@ def rehearse(
     policy: Annotated[str, typer.Option(help="gate trades as the predictor says, signals takes every signal.")] = "gate",
     faults: Annotated[str, typer.Option(help="JSON file of faults and answers of the exchange.")] = "",
     allow_gaps: AllowGaps = False,
+    keep: Annotated[Path | None, typer.Option(help="Folder that keeps the journal, for `delta-go explain`.")] = None,
 ) -> None:
     "Fly the bot over the past, against an emulated exchange, and write its ledger."
     from datetime import UTC, datetime
@@ -232,7 +235,51 @@ def rehearse(
     with Progress(transient=True) as progress:
         bar = progress.add_task("rehearsal", total=None)
         trades = fly(Rehearsal(data, models, start, end, tuple(split_words(symbols)), policy == "gate", faults, allow_gaps), limits_from(load_settings()),
-                     lambda time: progress.update(bar, advance=1, description=f"{datetime.fromtimestamp(time, UTC):%Y-%m-%d %H:%M}"))
+                     lambda time: progress.update(bar, advance=1, description=f"{datetime.fromtimestamp(time, UTC):%Y-%m-%d %H:%M}"), keep)
     if ledger:
         write_ledger(trades, ledger)
     typer.echo(f"{len(trades)} trades, net {sum(trade.pnl for trade in trades):,.2f} USD{f', ledger {ledger}' if ledger else ''}")
+
+# %% ../nbs/98_cli.ipynb #20cd9acc
+@app.command()
+def bot(
+    mode: Annotated[str, typer.Option(envvar="DELTA_MODE", help="paper, testnet or live.")] = "paper",
+    once: Annotated[bool, typer.Option("--once", help="Decide the newest close, then end.")] = False,
+    cleared_by: Annotated[str, typer.Option("--clear", metavar="NAME", help="End a halt; the name is written down.")] = "",
+) -> None:
+    "Run the trading bot until it is told to stop; SIGTERM drains, SIGUSR1 is the kill switch."
+    from delta_go.config import load_settings
+    from delta_go.live.launch import fly
+    fly(load_settings(mode=mode), once, cleared_by)
+
+# %% ../nbs/98_cli.ipynb #913128b8
+@app.command()
+def dashboard(
+    folder: Annotated[Path, typer.Option(help="The bot's folder.")] = Path("build/bot/paper"),
+    port: Annotated[int, typer.Option(help="Where it listens.")] = 8095,
+    host: Annotated[str, typer.Option(help="The address it listens on; another than this machine's own needs a key.")] = "127.0.0.1",
+) -> None:
+    "Serve the bot's status page; its kill switch needs DELTA_DASHBOARD_KEY."
+    from delta_go.config import load_settings
+    from delta_go.live.dashboard import serve_dashboard
+    serve_dashboard(folder, host, port, load_settings().dashboard_key.get_secret_value() or None, typer.echo)
+
+# %% ../nbs/98_cli.ipynb #9ba3005c
+@app.command()
+def explain(
+    journal: Annotated[Path, typer.Argument(help="A bot's journal.db.")],
+    data: Annotated[str, typer.Option(help="Folder of candle files; the simulated market by default.")] = "",
+    models: Annotated[Path, typer.Option(envvar="DELTA_MODELS_DIR", help="Folder of model files with their manifest.")] = Path("models"),
+    json_file: Annotated[Path | None, typer.Option("--json", help="Where the figures go.")] = None,
+    start: Start = "", end: End = "",
+    policy: Annotated[str, typer.Option(help="gate or signals, as the bot flew.")] = "gate",
+    allow_gaps: AllowGaps = False,
+) -> None:
+    "Split the difference between a bot and its backtest into named causes."
+    from rich.console import Console
+
+    from delta_go.live.explain import explain_journal, show_explanation, write_explanation
+    explanation = explain_journal(journal, data, models, start, end, policy, allow_gaps)
+    Console().print(show_explanation(explanation))
+    if json_file:
+        write_explanation(explanation, json_file)

@@ -6,14 +6,14 @@
 __all__ = ['Symbols', 'Jobs', 'VARIABLES', 'setting', 'split_symbols', 'check_symbols', 'check_jobs', 'Settings', 'explain',
            'misspelt', 'read_file', 'load_settings', 'fractions']
 
-# %% ../nbs/02_config.ipynb #e0157da3
+# %% ../nbs/02_config.ipynb #43bc1978
 import difflib
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from dotenv import dotenv_values
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from .domain import SYMBOLS, InputError
@@ -51,7 +51,7 @@ def check_jobs(jobs: int) -> int:
 
 Jobs = Annotated[int, AfterValidator(check_jobs)]
 
-# %% ../nbs/02_config.ipynb #1a845765
+# %% ../nbs/02_config.ipynb #9a75cf58
 class Settings(BaseSettings):
     "What a person may set: plain numbers, percent where the name says `pct`."
     model_config = SettingsConfigDict(frozen=True, populate_by_name=True, env_ignore_empty=True, extra="ignore")
@@ -70,6 +70,21 @@ class Settings(BaseSettings):
     seed: int = setting(0, "DELTA_SEED", "a whole number, 0 to 4294967295", ge=0, lt=2**32)
     jobs: Jobs = setting(-1, "DELTA_JOBS", "how many processes, 1 to 1024, or -1 for one per core", ge=-1, le=1024)
     models: Path = setting(Path("models"), "DELTA_MODELS_DIR", "a folder")
+
+    mode: Literal["paper", "testnet", "live"] = setting("paper", "DELTA_MODE", "paper, testnet or live")
+    api_key: SecretStr = setting(SecretStr(""), "DELTA_API_KEY", "the exchange's key")
+    api_secret: SecretStr = setting(SecretStr(""), "DELTA_API_SECRET", "the key's secret")
+    acknowledged: str = setting("", "DELTA_LIVE_ACKNOWLEDGED", "the sentence that `delta-go bot --mode live` asks for")
+    base_url: str = setting("", "DELTA_BASE_URL", "scheme and host of the exchange, empty for the mode's own")
+    clock_speed: float = setting(1.0, "DELTA_CLOCK_SPEED", "the emulator's seconds in one of ours, 1 to 10", ge=1, le=10)
+    detector: str = setting("", "HMM_ENDPOINT", "the address of hmm-detector, empty for models in the bot's process")
+    predictor: str = setting("", "TRADE_PREDICTOR_ENDPOINT", "the address of trade-predictor, empty for models in the bot's process")
+    service_auth: Literal["none", "api_key", "iam"] = setting("none", "DELTA_SERVICE_AUTH", "none, api_key or iam")
+    service_key: SecretStr = setting(SecretStr(""), "DELTA_SERVICE_KEY", "the services' key, where they want one")
+    state_dir: Path = setting(Path("build/bot"), "DELTA_STATE_DIR", "a folder on a disk that lasts")
+    notify: SecretStr = setting(SecretStr(""), "DELTA_NOTIFY", "addresses for Apprise, separated by blanks or commas")
+    status_port: int = setting(0, "DELTA_STATUS_PORT", "where the bot's own status page listens, 0 for nowhere", ge=0, lt=2**16)
+    dashboard_key: SecretStr = setting(SecretStr(""), "DELTA_DASHBOARD_KEY", "at least 32 characters, for the kill switch of the page")
 
 # %% ../nbs/02_config.ipynb #3a2a941b
 VARIABLES: dict[str, str] = {name: str(field.validation_alias) for name, field in Settings.model_fields.items()}

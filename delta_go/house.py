@@ -86,7 +86,7 @@ def read_rooms(
 # %% ../nbs/99_house.ipynb #6cf12ec1
 FLOORS = {
     "": (*range(0, 10), *range(90, 100)), "market": range(10, 20), "learning": range(20, 40), "trading": range(40, 50),
-    "evidence": range(50, 60), "serving": range(60, 70), "live": range(70, 94), "ops": range(94, 98),
+    "evidence": range(50, 60), "serving": range(60, 70), "live": range(70, 95), "ops": range(95, 98),
 }
 
 def room_faults(

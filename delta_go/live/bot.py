@@ -52,7 +52,7 @@ def too_late(
     "How long after a close its entries may still be sent: the backtest fills them at once."
     return min(120.0, step / 10)
 
-# %% ../../nbs/live/89_bot.ipynb #b5447a4f
+# %% ../../nbs/live/89_bot.ipynb #87bbd55e
 class Bot:
     "A flight that goes on by itself."
     def __init__(
@@ -72,7 +72,7 @@ class Bot:
         self.trading: dict[str, str] = {}             # unusual trading status, by product
         self.streams = {"public": "not connected yet", "private": "not connected yet"}
         self.causes: dict[str, Cause] = {}
-        self.clock, self.killed, self.draining, self.done = "", "", "", False
+        self.clock, self.killed, self.asked, self.draining, self.done = "", "", "", "", False  # asked: to drain, by whom
         self.next_open = self.newest() - plan.step
         self.due = dict.fromkeys(("kill", "clock", "retry", "beat", "say"), -1e9)
         self.armed: tuple[str, ...] = ()
@@ -127,7 +127,7 @@ def hear(
         case OrderSeen() | FillSeen() | PositionSeen():
             hands.handle(event)
 
-# %% ../../nbs/live/89_bot.ipynb #728cc9e6
+# %% ../../nbs/live/89_bot.ipynb #ccb13e07
 DRAIN = 20.0  # seconds
 
 def heed(
@@ -139,6 +139,8 @@ def heed(
         bot.killed = bot.killed or kill_asked(bot.plan.folder) or ""
     if bot.killed and not hands.state.books.flatten:
         hands.handle(Stop(f"kill switch: {bot.killed}", flatten=True))
+    if bot.asked:
+        drain(bot, bot.asked)
     if bot.draining:
         doubtful = any(hands.state.books.intents[name].status in DOUBTFUL for name in hands.state.books.live)
         bot.done = not doubtful or bot.monotonic() > bot.due["drain"]

@@ -4,24 +4,25 @@
 
 # %% auto #0
 __all__ = ['CAUSES', 'MISSED', 'REFUSED', 'ENTRY', 'EXIT', 'FEES', 'FUNDING', 'SIZE', 'MODELS', 'CANDLES', 'BY_HAND', 'HALT',
-           'UNEXPLAINED', 'Key', 'COMPARED', 'ROOM', 'Row', 'Course', 'pair_trades', 'key_of', 'read_refused',
-           'course_of_bot', 'course_of_backtest', 'Case', 'other_models', 'judge_bar', 'judge_order', 'model_funding',
-           'judge_exit', 'split_twins', 'split_pair', 'Difference', 'Explanation', 'differences', 'explain', 'to_plain',
-           'write_explanation', 'show_explanation', 'explain_journal']
+           'UNEXPLAINED', 'Key', 'COMPARED', 'ROOM', 'Row', 'Course', 'pair_trades', 'course_of_bot',
+           'course_of_backtest', 'Case', 'Difference', 'Explanation', 'explain', 'write_explanation',
+           'show_explanation', 'explain_journal']
 
-# %% ../../nbs/live/93_explain.ipynb #14ca30a3
+# %% ../../nbs/live/93_explain.ipynb #c2baeb53
 import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from rich.console import Group
+from rich.table import Table
 
 from ..config import load_settings
-from ..domain import InputError, Product, Trade
+from ..domain import InputError, Trade
 from ..learning.advice import versions_of
 from ..learning.features import WINDOW
 from ..learning.reading import read_market
@@ -29,7 +30,7 @@ from ..learning.registry import LoadedModels, describe_candles, load_models
 from .flight import Logbook, Trip, ledger_from, read_on
 from .journal import entry_of, read_journal
 from .status import replace_file
-from ..market.candles import Candles, show_time, step_of
+from ..market.candles import show_time, step_of
 from ..market.load import LoadedMarket, load_market, parse_time
 from ..market.venue import Costs, costs_from, fee, fee_rate, find_product, funding_cost, slip, ticks_per_unit
 from ..trading.backtest import Backtest, Tape, build_tape, decisions_of, ledger_of, run_backtest
@@ -37,9 +38,6 @@ from ..trading.decide import ABSTAINS, BELOW, DAY_STOP, LATCHED, NO_BAR, NO_ROOM
 from ..trading.intents import EXCHANGE, FOREIGN, MANUAL, SECOND, Entry
 from ..trading.plan import make_plan
 from ..trading.risk import limits_from
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
 
 # %% ../../nbs/live/93_explain.ipynb #67d2bba6
 CAUSES = (MISSED, REFUSED, ENTRY, EXIT, FEES, FUNDING, SIZE, MODELS, CANDLES, BY_HAND, HALT, UNEXPLAINED) = (
@@ -104,30 +102,25 @@ def _ended_by(trip: Trip, log: Logbook) -> tuple[str, str] | None:
             return HALT, intent["reason"]
     return None
 
-# %% ../../nbs/live/93_explain.ipynb #f842ce46
-def key_of(
-    text: str,  # such as BTCUSD:1700000000
-) -> Key:
+# %% ../../nbs/live/93_explain.ipynb #fbb594c3
+def _key_of(text: str) -> Key:
     "A decision's key, taken apart."
     symbol, _, time = text.rpartition(":")
     return symbol, int(time)
 
-def read_refused(
-    entries: Iterable[Entry],
-    log: Logbook,              # of the same entries
-) -> dict[Key, str]:
+def _read_refused(entries: Iterable[Entry], log: Logbook) -> dict[Key, str]:
     "Orders that were decided and came to nothing, and why."
     outcomes, filled, refused = {}, set(), {}
     for entry in entries:
         if entry.kind == "refused":
-            refused[key_of(entry.key)] = str(entry.body["reason"])
+            refused[_key_of(entry.key)] = str(entry.body["reason"])
         elif entry.kind == "outcome":
             outcomes[entry.body["client_order_id"]] = f"{entry.body['status'].replace('_', ' ')}: {entry.body['detail']}".removesuffix(": ")
         elif entry.kind == "fill":
             filled.add(entry.body["owner"])
     for name, intent in log.intents.items():
         if name not in filled and intent["reason"] in log.decisions:
-            refused.setdefault(key_of(intent["reason"]), outcomes.get(name, "sent, and never heard of again"))
+            refused.setdefault(_key_of(intent["reason"]), outcomes.get(name, "sent, and never heard of again"))
     return refused
 
 # %% ../../nbs/live/93_explain.ipynb #2f91ddda
@@ -151,7 +144,7 @@ def _strays(fills: list[Mapping[str, Any]], log: Logbook, tape: Tape) -> tuple[R
                         f"{len(theirs)} fills of somebody else" if theirs else "funding while nothing of ours was held"))
     return tuple(rows)
 
-# %% ../../nbs/live/93_explain.ipynb #561a327b
+# %% ../../nbs/live/93_explain.ipynb #8a9027a6
 def course_of_bot(
     entries: Iterable[Entry],  # of a journal
     tape: Tape,                # the bars of the journal
@@ -168,7 +161,7 @@ def course_of_bot(
     rows = {(row.symbol, row.entry_time): row for row in ledger_from(ours, products, starting_equity, tape.step)}
     trips = {(symbol, trip.decision["time"]): (trip, rows[symbol, trip.entries[0]["time_us"] // SECOND // tape.step * tape.step]) for symbol, trip in log.closed}
     return Course({(entry.body["symbol"], entry.body["time"]): entry.body for entry in known if entry.kind == "decision" and entry.body["present"]},
-                  {key: row for key, (_, row) in trips.items()}, read_refused(ours, log),
+                  {key: row for key, (_, row) in trips.items()}, _read_refused(ours, log),
                   {key: how for key, (trip, _) in trips.items() if (how := _ended_by(trip, log))}, _strays(foreign, log, tape))
 
 # %% ../../nbs/live/93_explain.ipynb #add11d09
@@ -185,7 +178,7 @@ def course_of_backtest(
         trades[symbol, int(tape.time[row["decided"]])] = rows[symbol, int(tape.time[row["entry_bar"]])]
     return Course(decided, trades)
 
-# %% ../../nbs/live/93_explain.ipynb #e797e95a
+# %% ../../nbs/live/93_explain.ipynb #d985c5d6
 @dataclass(frozen=True, slots=True)
 class Case:
     "Both courses, and what is needed to judge them."
@@ -200,20 +193,13 @@ class Case:
 COMPARED = ("action", "side", "size", "stop", "target", "reason")
 ROOM = {REASONS[why] for why in (NO_ROOM, TOO_SMALL, DAY_STOP, LATCHED)}
 
-def other_models(
-    symbol: str,
-    ours: Mapping[str, str],    # of the bot, as versions_of says or a part of it
-    theirs: Mapping[str, str],
-) -> str:  # what differs; empty where the same models decide
+def _other_models(symbol: str, ours: Mapping[str, str], theirs: Mapping[str, str]) -> str:
     "Whether a symbol is decided by other models."
     names = [name for name in ours if name in theirs and (name.endswith(f"_{symbol}.pkl") or name == "trade_predictor.pkl")] or ["model_version"]
     return "; ".join(f"{name} {ours[name][:12]}, here {theirs[name][:12]}" for name in names if ours.get(name, theirs.get(name)) != theirs.get(name))
 
-# %% ../../nbs/live/93_explain.ipynb #e61a7776
-def judge_bar(
-    case: Case,
-    key: Key,
-) -> tuple[str, str]:  # cause and words
+# %% ../../nbs/live/93_explain.ipynb #f6cbea9b
+def _judge_bar(case: Case, key: Key) -> tuple[str, str]:
     "Why the two went different ways on a bar."
     ours, theirs, (symbol, time) = case.bot.decisions.get(key), case.backtest.decisions.get(key), key
     if ours is None:
@@ -222,7 +208,7 @@ def judge_bar(
         return CANDLES, "the bot saw a bar that these candles lack"
     if not ours.get("posterior") and ours.get("words"):
         return MISSED, f"the models did not answer: {ours['words']}"
-    if other := other_models(symbol, ours.get("models", {}), case.models):
+    if other := _other_models(symbol, ours.get("models", {}), case.models):
         return MODELS, other
     if ours.get("window") and ours["window"] != case.window(symbol, time):
         return CANDLES, "the candles were other ones when the bot saw them"
@@ -233,22 +219,16 @@ def judge_bar(
         return SIZE, f"{ours['size']} contracts ({ours['reason']}), in the backtest {theirs['size']} ({theirs['reason']})"
     return UNEXPLAINED, f"{ours['action']} ({ours['reason']}), in the backtest {theirs['action']} ({theirs['reason']})"
 
-def judge_order(
-    case: Case,
-    key: Key,
-) -> tuple[str, str]:  # cause and words
+def _judge_order(case: Case, key: Key) -> tuple[str, str]:
     "Why only one of the two carried out an order, or decided it."
     ours, theirs = case.bot.decisions.get(key), case.backtest.decisions.get(key)
     if ours and theirs and (ours["action"], ours["side"]) == (theirs["action"], theirs["side"]):
         why = case.bot.refused.get(key, "no order was made, and the journal does not say why")
         return HALT if why.startswith("halted") else REFUSED, why
-    return judge_bar(case, key)
+    return _judge_bar(case, key)
 
-# %% ../../nbs/live/93_explain.ipynb #6e784a96
-def model_funding(
-    tape: Tape,
-    trade: Trade,
-) -> float:  # USD, positive is a cost
+# %% ../../nbs/live/93_explain.ipynb #ae081346
+def _model_funding(tape: Tape, trade: Trade) -> float:
     "What the backtest would charge for holding this trade as long as it was held."
     column = [product.symbol for product in tape.products].index(trade.symbol)
     rate, side = tape.market["funding"][:, column], 1 if trade.side == "buy" else -1
@@ -256,18 +236,13 @@ def model_funding(
     value = tape.products[column].contract_value
     return round(sum(funding_cost(side, float(tape.market["open"][t, column]), trade.size, value, float(rate[t])) for t in due), 6) + 0.0
 
-# %% ../../nbs/live/93_explain.ipynb #dfa106fd
-def judge_exit(
-    case: Case,
-    key: Key,
-    ours: Trade,
-    theirs: Trade,
-) -> tuple[str, str]:  # cause and words
+# %% ../../nbs/live/93_explain.ipynb #1f5e5eba
+def _judge_exit(case: Case, key: Key, ours: Trade, theirs: Trade) -> tuple[str, str]:
     "Why a trade that both made ended otherwise."
     if key in case.bot.ended:
         return case.bot.ended[key]
     if (ours.stop_price, ours.target_price) != (theirs.stop_price, theirs.target_price):
-        return judge_bar(case, key)
+        return _judge_bar(case, key)
     if (ours.exit_time, ours.exit_reason) == (theirs.exit_time, theirs.exit_reason):
         return EXIT, ""
     words = f"{ours.exit_reason} at {show_time(ours.exit_time)}, in the backtest {theirs.exit_reason} at {show_time(theirs.exit_time)}"
@@ -279,27 +254,21 @@ def judge_exit(
     decided = [course.decisions.get(at, {}).get("action") for course in (case.bot, case.backtest)]
     if decided == ["exit", "exit"] and at not in case.bot.refused:
         return EXIT, words
-    cause, why = judge_order(case, at)
+    cause, why = _judge_order(case, at)
     return cause, f"{words}: {why}"
 
-# %% ../../nbs/live/93_explain.ipynb #4234b579
-def split_twins(
-    case: Case,
-    key: Key,
-    ours: Trade,
-    theirs: Trade,
-) -> Row:
+# %% ../../nbs/live/93_explain.ipynb #6491254c
+def _split_twins(case: Case, key: Key, ours: Trade, theirs: Trade) -> Row:
     "A trade that both made."
     product, side = next(product for product in case.tape.products if product.symbol == key[0]), 1 if ours.side == "buy" else -1
     rate, value, wanted = fee_rate(product, case.costs), product.contract_value, case.bot.decisions[key]["size"]
 
     def earned(way: int, price: float, instead_of: float) -> float:
-        "What another price earns, after the fee on it; way is +1 where a higher price is better."
         return way * (price - instead_of) * ours.size * value - fee(price - instead_of, ours.size, value, rate)
 
-    each, expected, charged = theirs.pnl / theirs.size, model_funding(case.tape, ours), fee(ours.entry_price, ours.size, value, rate) + fee(ours.exit_price, ours.size, value, rate)
-    sized = judge_bar(case, key) if wanted != theirs.size else (SIZE, "")
-    left = judge_exit(case, key, ours, theirs)
+    each, expected, charged = theirs.pnl / theirs.size, _model_funding(case.tape, ours), fee(ours.entry_price, ours.size, value, rate) + fee(ours.exit_price, ours.size, value, rate)
+    sized = _judge_bar(case, key) if wanted != theirs.size else (SIZE, "")
+    left = _judge_exit(case, key, ours, theirs)
     parts = dict.fromkeys(CAUSES, 0.0)
     for cause, money in ((sized[0], each * (wanted - theirs.size)), (REFUSED, each * (ours.size - wanted)), (ENTRY, earned(-side, ours.entry_price, theirs.entry_price)),
                          (left[0], earned(side, ours.exit_price, theirs.exit_price) + theirs.funding * (ours.size / theirs.size) - expected),
@@ -308,26 +277,21 @@ def split_twins(
     parts[UNEXPLAINED] += ours.pnl - theirs.pnl - sum(parts.values())
     return Row(*key, ours, theirs, {cause: money for cause, money in parts.items() if money}, "; ".join(filter(None, (sized[1], left[1]))))
 
-# %% ../../nbs/live/93_explain.ipynb #a0fc5d74
-def split_pair(
-    case: Case,
-    key: Key,
-    ours: Trade | None,
-    theirs: Trade | None,
-) -> Row:
+# %% ../../nbs/live/93_explain.ipynb #143182a2
+def _split_pair(case: Case, key: Key, ours: Trade | None, theirs: Trade | None) -> Row:
     "Any pair; where the two part in it, the case remembers."
     if ours and theirs:
-        row = split_twins(case, key, ours, theirs)
+        row = _split_twins(case, key, ours, theirs)
         if ours.exit_time != theirs.exit_time:
-            case.astray.append((key[0], min(ours.exit_time, theirs.exit_time) - case.tape.step, max(ours.exit_time, theirs.exit_time), *judge_exit(case, key, ours, theirs)))
+            case.astray.append((key[0], min(ours.exit_time, theirs.exit_time) - case.tape.step, max(ours.exit_time, theirs.exit_time), *_judge_exit(case, key, ours, theirs)))
         return row
     single = ours or theirs
     assert single is not None
-    cause, words = judge_order(case, key)
+    cause, words = _judge_order(case, key)
     case.astray.append((*key, single.exit_time, cause, words))
     return Row(*key, ours, theirs, {cause: (ours.pnl if ours else 0.0) - (theirs.pnl if theirs else 0.0)}, words)
 
-# %% ../../nbs/live/93_explain.ipynb #5ed0d849
+# %% ../../nbs/live/93_explain.ipynb #970d00d9
 @dataclass(frozen=True, slots=True)
 class Difference:
     "A bar that was decided otherwise."
@@ -351,20 +315,17 @@ class Explanation:
     differing: Mapping[str, int]        # decisions that differ, by cause
     first: Mapping[str, Difference]     # by symbol
 
-def differences(
-    case: Case,
-    keys: Iterable[Key],
-) -> list[Difference]:
+def _differences(case: Case, keys: Iterable[Key]) -> list[Difference]:
     "The bars that were decided otherwise."
     found = []
     for key in keys:
         ours, theirs = case.bot.decisions.get(key), case.backtest.decisions.get(key)
         if ours is None or theirs is None or any(ours[name] != theirs[name] for name in COMPARED):
-            shown = [row and {name: row[name] for name in COMPARED} for row in (ours, theirs)]
-            found.append(Difference(*key, *shown, *judge_bar(case, key)))
+            mine, other = ({name: row[name] for name in COMPARED} if row else None for row in (ours, theirs))
+            found.append(Difference(*key, mine, other, *_judge_bar(case, key)))
     return found
 
-# %% ../../nbs/live/93_explain.ipynb #b72ffd9d
+# %% ../../nbs/live/93_explain.ipynb #4729f52c
 def explain(
     case: Case,
     start: int | None = None,  # bars that close at or after this, seconds UTC
@@ -377,20 +338,18 @@ def explain(
     inside = [key for key in keys if first <= key[1] + case.tape.step < last]
     if not inside:
         raise InputError(f"range: expected bars that close from {show_time(keys[0][1] + case.tape.step)} to {show_time(keys[-1][1] + case.tape.step)}, got none between the dates; widen them")
-    pairs = [split_pair(case, *pair) for pair in pair_trades(case.bot.trades, case.backtest.trades)]
+    pairs = [_split_pair(case, *pair) for pair in pair_trades(case.bot.trades, case.backtest.trades)]
     rows = tuple(row for row in (*pairs, *case.bot.strays) if first <= row.decided + case.tape.step < last)
     causes = {cause: math.fsum(row.parts.get(cause, 0.0) for row in rows) for cause in CAUSES}
     bot = math.fsum(row.bot.pnl if row.bot else 0.0 if row.backtest else sum(row.parts.values()) for row in rows)
     backtest = math.fsum(row.backtest.pnl for row in rows if row.backtest)
     causes[UNEXPLAINED] += bot - backtest - math.fsum(causes.values())
-    found = differences(case, inside)
+    found = _differences(case, inside)
     return Explanation(inside[0][1] + case.tape.step, inside[-1][1] + case.tape.step, bot, backtest, causes, rows, len(inside),
                        dict(Counter(one.cause for one in found)), {one.symbol: one for one in reversed(found)})
 
-# %% ../../nbs/live/93_explain.ipynb #e6c5fc8e
-def to_plain(
-    explanation: Explanation,
-) -> dict[str, Any]:
+# %% ../../nbs/live/93_explain.ipynb #b47d6d6e
+def _to_plain(explanation: Explanation) -> dict[str, Any]:
     "The explanation as plain data; numbers that are not known become None."
     def clean(value: Any) -> Any:
         if isinstance(value, Mapping):
@@ -408,24 +367,21 @@ def write_explanation(
 ) -> Path:
     "Write it, all or nothing."
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, (json.dumps(to_plain(explanation), indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
+    replace_file(path, (json.dumps(_to_plain(explanation), indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
     return path
 
-# %% ../../nbs/live/93_explain.ipynb #4fe72f32
+# %% ../../nbs/live/93_explain.ipynb #a21640f2
 def _short(decided: Mapping[str, Any] | None) -> str:
     if decided is None:
         return "nothing"
-    side = {1: " long", -1: " short"}.get(decided["side"], "")
-    size = f" {decided['size']}" if decided["size"] else ""
+    side, size = {1: " long", -1: " short"}.get(decided["side"], ""), f" {decided['size']}" if decided["size"] else ""
     return f"{decided['action']}{side}{size} ({decided['reason']})"
 
 def show_explanation(
     explanation: Explanation,
     most: int = 12,      # trades shown
-) -> "RenderableType":
+) -> Group:
     "Tables for a terminal."
-    from rich.console import Group
-    from rich.table import Table
     told = explanation
     causes = Table("cause", "USD", "trades", "decisions", title=f"bot {told.bot:+,.2f}, backtest {told.backtest:+,.2f}, difference {told.bot - told.backtest:+,.2f} USD")
     for cause, money in told.causes.items():
@@ -439,8 +395,8 @@ def show_explanation(
     first = Table("first other decision", "symbol", "bot", "backtest", "cause", "why")
     for symbol, one in sorted(told.first.items()):
         first.add_row(show_time(one.time), symbol, _short(one.bot), _short(one.backtest), one.cause, one.words)
-    count = f"{sum(told.differing.values())} of {told.compared} decisions differ, bars that close from {show_time(told.start)} to {show_time(told.end)}"
-    return Group(causes, *([trades] if trades.row_count else []), *([first] if first.row_count else []), count)
+    words = f"{sum(told.differing.values())} of {told.compared} decisions differ, bars that close from {show_time(told.start)} to {show_time(told.end)}"
+    return Group(causes, *([trades] if trades.row_count else []), *([first] if first.row_count else []), words)
 
 # %% ../../nbs/live/93_explain.ipynb #bb6d5efc
 def _span(entries: list[Entry]) -> tuple[list[str], int, int, int, float]:
@@ -464,17 +420,17 @@ def _check_candles(market: LoadedMarket, first: int, last: int) -> None:
             raise InputError(f"candles of {symbol}: expected {WINDOW - 1} bars before {show_time(first)} and all until {show_time(last)}, got {show_time(int(bars.time[0]))} to {show_time(ends)}; "
                              "fetch the rest with `delta-go data fetch`, or name the folder that the bot flew over")
 
-# %% ../../nbs/live/93_explain.ipynb #65979544
+# %% ../../nbs/live/93_explain.ipynb #2e43ec47
 def _check_policy(case: Case, policy: str) -> None:
     taken = [key for key, row in case.bot.decisions.items() if row["reason"] == REASONS[TAKEN] and key in case.backtest.decisions]
-    against = [key for key in taken if case.backtest.decisions[key]["reason"] in (REASONS[ABSTAINS], REASONS[BELOW]) and not other_models(key[0], case.bot.decisions[key]["models"], case.models)]
+    against = [key for key in taken if case.backtest.decisions[key]["reason"] in (REASONS[ABSTAINS], REASONS[BELOW]) and not _other_models(key[0], case.bot.decisions[key]["models"], case.models)]
     if policy == "gate" and taken and len(against) == len(taken):
         raise InputError(f"policy: the bot took {len(taken)} signals and its own predictor permits none of them; it flew with signals, explain it with signals")
     turned = {REASONS[why] for why in (ABSTAINS, BELOW, DAY_STOP, LATCHED)} & {row["reason"] for row in case.bot.decisions.values()}
     if policy == "signals" and turned:
         raise InputError(f"policy: the bot skipped signals ({', '.join(sorted(turned))}); it flew with gate, explain it with gate")
 
-# %% ../../nbs/live/93_explain.ipynb #5ce63af3
+# %% ../../nbs/live/93_explain.ipynb #564712c5
 def _case(entries: list[Entry], market: LoadedMarket, models: LoadedModels, policy: str) -> Case:
     "The backtest of a journal's bars beside the journal."
     symbols, first, last, step, equity = _span(entries)
@@ -487,8 +443,7 @@ def _case(entries: list[Entry], market: LoadedMarket, models: LoadedModels, poli
     backtest = course_of_backtest(*(run_backtest(one, limits, costs, policy, equity) for one in (tape, flying)))
 
     def window(symbol: str, opened: int) -> str:
-        bars: Candles = market.candles[symbol]
-        row = int(np.searchsorted(bars.time, opened, "right"))
+        bars, row = market.candles[symbol], int(np.searchsorted(market.candles[symbol].time, opened, "right"))
         return str(describe_candles(bars[max(0, row - WINDOW):row])["sha256"])
 
     return Case(course_of_bot(entries, tape, costs, equity), backtest, tape, costs, versions_of(models.manifest), window)

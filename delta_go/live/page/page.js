@@ -8,7 +8,7 @@ const $ = id => document.getElementById(id);
 function h(tag, attributes, ...children) {
   const node = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes || {})) if (value !== null && value !== undefined && value !== false) node.setAttribute(name, value);
-  node.append(...children.flat().filter(child => child !== null && child !== undefined && child !== false && child !== "").map(child => child instanceof Node ? child : String(child)));
+  node.append(...children.flat(Infinity).filter(child => child !== null && child !== undefined && child !== false && child !== "").map(child => child instanceof Node ? child : String(child)));
   return node;
 }
 
@@ -52,7 +52,7 @@ function paint(id, data, build) { // draws a part again only when what it shows 
 
 function showHead(facts) {
   const {headline, status} = facts;
-  $("top").dataset.level = headline.level;
+  $("top").dataset.level = headline.level === "good" && facts.notes.some(note => note.level === "bad") ? "warn" : headline.level;
   $("mode").textContent = status ? status.mode : "no bot";
   $("mode").dataset.mode = status ? status.mode : "";
   $("state").textContent = headline.title;
@@ -175,7 +175,7 @@ const showTold = status => paint("told", status.told, told => told.length ? h("u
 
 function showModels(status) {
   paint("models", [status.models, status.verdict, status.symbols, status.resolution], () => h("dl", {class: "pairs"},
-    h("dt", {}, "verdict"), h("dd", {class: status.verdict === "trade" ? "good" : "warn"}, status.verdict === "trade" ? "trade" : `${status.verdict}: the models themselves advise against trading`),
+    h("dt", {}, "verdict"), h("dd", {class: status.verdict === "trade" ? "good" : "warn"}, status.verdict === "trade" ? "trade" : `${status.verdict}: they advise against trading`),
     Object.entries(status.models).map(([name, sha]) => [h("dt", {}, name.replaceAll("_", " ")), h("dd", {}, h("code", {title: sha}, sha.slice(0, 12)))]),
     h("dt", {}, "bars"), h("dd", {}, `${status.symbols.join(", ")} · ${status.resolution}`)));
 }
@@ -203,7 +203,7 @@ function frame(canvas, chart, held) { // sizes, the bars that fit, and where a t
   const box = canvas.getBoundingClientRect(), ratio = window.devicePixelRatio || 1, context = canvas.getContext("2d");
   canvas.width = Math.round(box.width * ratio); canvas.height = Math.round(box.height * ratio);
   context.setTransform(ratio, 0, 0, ratio, 0, 0);
-  const right = box.width - 58, bottom = box.height - 26, fits = Math.floor((right - 4) / 4), first = Math.max(0, chart.time.length - Math.max(20, fits));
+  const right = box.width - 64, bottom = box.height - 26, fits = Math.floor((right - 4) / 4), first = Math.max(0, chart.time.length - Math.max(20, fits));
   const bars = chart.time.length - first, width = (right - 4) / bars, levels = [held && held.stop, held && held.target].filter(Boolean);
   let low = Math.min(...chart.low.slice(first)), high = Math.max(...chart.high.slice(first));
   const reach = high - low || high * 0.01;
@@ -226,14 +226,15 @@ function drawBands(view, chart) {
 function drawAxes(view, chart) {
   const {context, right, bottom, box} = view;
   context.font = "11px system-ui, sans-serif"; context.textBaseline = "middle"; context.textAlign = "left";
+  const last = view.y(chart.close[chart.close.length - 1]);
   for (const value of ticks(view.low, view.high, 5)) {
     tinted(context, "line", 1, () => context.fillRect(4, Math.round(view.y(value)), right - 4, 1));
-    tinted(context, "soft", 1, () => context.fillText(price(value).replace(/(\.\d*?)0+$/, "$1").replace(/\.$/, ""), right + 6, view.y(value)));
+    if (Math.abs(view.y(value) - last) > 14 && view.y(value) > 8) tinted(context, "soft", 1, () => context.fillText(price(value).replace(/(\.\d*?)0+$/, "$1").replace(/\.$/, ""), right + 6, view.y(value)));
   }
   context.textAlign = "center"; context.textBaseline = "alphabetic";
-  const every = Math.ceil(70 / view.width / 6) * 6;
-  for (let at = view.first; at < chart.time.length; at += 1) if (Math.round(chart.time[at] / chart.step) % every === 0 && view.x(at) > 30 && view.x(at) < right - 20) {
-    const time = chart.time[at], words = time % 86400 === 0 || chart.step * every >= 43200 ? dated(time).replace(" 00:00", "") : clock(time);
+  const roomy = 64 / view.width * chart.step, reach = [3600, 7200, 10800, 21600, 43200].find(seconds => seconds >= roomy && seconds >= chart.step) || Math.ceil(roomy / 86400) * 86400;
+  for (let at = view.first; at < chart.time.length; at += 1) if (chart.time[at] % reach === 0 && view.x(at) > 30 && view.x(at) < right - 20) {
+    const time = chart.time[at], words = time % 86400 === 0 ? dated(time).replace(" 00:00", "") : clock(time);
     tinted(context, "soft", 1, () => context.fillText(words, view.x(at), box.height - 6));
   }
 }
@@ -273,7 +274,7 @@ function drawTrades(view, chart) {
 
 function drawLast(view, chart) {
   const {context, right} = view, last = chart.close[chart.close.length - 1], y = Math.max(8, Math.min(view.bottom - 8, view.y(last)));
-  tinted(context, "ink", 1, () => context.fillRect(right + 1, y - 8, 57, 16));
+  tinted(context, "ink", 1, () => context.fillRect(right + 1, y - 8, 63, 16));
   context.font = "600 11px system-ui, sans-serif"; context.textAlign = "left"; context.textBaseline = "middle";
   tinted(context, "card", 1, () => context.fillText(price(last), right + 6, y + 0.5));
 }
