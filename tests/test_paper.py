@@ -89,20 +89,21 @@ def account(exchange):
     return exchange.desk.exchange.accounts[FIRST_USER]
 
 
-PRICES = st.integers(900, 1100).map(lambda ticks: ticks * 0.05)
+PRICES = st.integers(900, 1100).map(lambda ticks: round(ticks * 0.05, 2))
 
 
-@given(st.lists(PRICES, min_size=2, max_size=30), st.data(), PRICES, PRICES)
-def test_a_bar_told_in_any_pieces_ends_as_the_whole(path, data, stop, target):
+@given(st.lists(PRICES, min_size=2, max_size=30), st.data(), st.integers(1, 60), st.integers(1, 60))
+def test_a_bar_told_in_any_pieces_ends_as_the_whole(path, data, below, above):
     "Messages may be missing: whoever hears of some of them has his stop hit if and only if the bar reached it."
-    if not stop < path[0] < target:
-        return
+    stop, target = round(path[0] - below * 0.05, 2), round(path[0] + above * 0.05, 2)
     def position():
         exchange = open_exchange(["ETHUSD"], instant=True)
         trader = open_account(exchange, 1)
+        trader.leverage["ETHUSD"] = 1.0
         play(exchange, "ETHUSD", 0, *[path[0]] * 4)
         place(exchange, trader, Ticket("ETHUSD", +1, 5, stop=stop, target=target), 0)
         play(exchange, "ETHUSD", 0, *[path[0]] * 4)
+        assert trader.positions["ETHUSD"].size == 5
         return exchange, trader
     def bar(count):
         return Bar("ETHUSD", 0, path[0], max(path[:count]), min(path[:count]), path[count - 1], float(count), math.nan, False)
