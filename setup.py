@@ -22,6 +22,7 @@ setup(
     license="Apache-2.0",
     keywords=settings["keywords"].split(),
     packages=find_packages(include=[package, f"{package}.*"]),
+    package_data={package: ["live/page/*"]},
     python_requires=">=3.11,<3.12",
     install_requires=shlex.split(settings["requirements"]),
     extras_require={

@@ -7,7 +7,7 @@ __all__ = ['EXITS', 'Trip', 'price_of', 'Logbook', 'note_fill', 'read_on', 'Flig
            'positions_of', 'present_at', 'look_at_all', 'write_down', 'decide_bar', 'carry_out', 'note_payments',
            'close_bar', 'decision_row', 'exit_reason', 'ledger_from']
 
-# %% ../../nbs/live/84_flight.ipynb #92e321d7
+# %% ../../nbs/live/84_flight.ipynb #3f9e6a37
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -23,7 +23,7 @@ from .account import balances, payments
 from .executor import Executor
 from ..market.candles import Candles
 from ..trading.decide import Position
-from ..trading.intents import LEG, SECOND, Entry, Place
+from ..trading.intents import FOREIGN, LEG, SECOND, Entry, Place
 from ..trading.ledger import settle
 from ..trading.messages import Answer
 from ..trading.pilot import Breakers, Seen, absent, decide_close, first_breakers, look, next_breakers, order_for, unadvised
@@ -56,7 +56,7 @@ def price_of(
         return float(fills[0]["price"])
     return float(sum(Decimal(fill["price"]) * fill["size"] for fill in fills) / sum(fill["size"] for fill in fills))
 
-# %% ../../nbs/live/84_flight.ipynb #6c2cbfa4
+# %% ../../nbs/live/84_flight.ipynb #ef13fc8f
 @dataclass(slots=True)
 class Logbook:
     "What the journal says so far."
@@ -102,7 +102,7 @@ def read_on(
             log.settled.add(body["reason"])
         elif entry.kind == "refused":
             log.settled.add(entry.key)
-        elif entry.kind == "fill":
+        elif entry.kind == "fill" and body["owner"] != FOREIGN:
             note_fill(log, body)
         elif entry.kind == "payment":
             log.payments[entry.key] = body

@@ -7,10 +7,11 @@ __all__ = ['PRODUCTION', 'TESTNET', 'SENTENCE', 'INSIST', 'Place', 'place_of', '
            'check_listings', 'use_leverage', 'claim', 'check_owner', 'secrets_of', 'board', 'steady', 'rules_of',
            'on_paper', 'aboard', 'obeying', 'clear', 'fly']
 
-# %% ../../nbs/live/92_launch.ipynb #39cfdfe5
+# %% ../../nbs/live/92_launch.ipynb #d6121e32
 import contextlib
 import fcntl
 import hashlib
+import logging
 import os
 import signal
 import time as timer
@@ -269,7 +270,7 @@ def aboard(
             stack.callback(start_in_thread(folder, port=settings.status_port, key=settings.dashboard_key.get_secret_value() or None).stop)
         yield bot, events
 
-# %% ../../nbs/live/92_launch.ipynb #d1ad135c
+# %% ../../nbs/live/92_launch.ipynb #173448df
 @contextlib.contextmanager
 def obeying(
     bot: Bot,
@@ -306,6 +307,7 @@ def fly(
     for secret in secrets_of(settings):
         register_secret(secret)
     configure_logging()
+    logging.getLogger("httpx").setLevel(logging.WARNING)
     with aboard(settings) as (bot, events), obeying(bot):
         if cleared_by:
             clear(bot, cleared_by)
