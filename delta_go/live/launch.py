@@ -7,7 +7,7 @@ __all__ = ['PRODUCTION', 'TESTNET', 'SENTENCE', 'INSIST', 'Place', 'place_of', '
            'check_listings', 'use_leverage', 'claim', 'check_owner', 'secrets_of', 'board', 'steady', 'rules_of',
            'on_paper', 'aboard', 'obeying', 'clear', 'fly']
 
-# %% ../../nbs/live/92_launch.ipynb #d6121e32
+# %% ../../nbs/live/92_launch.ipynb #7927bf04
 import contextlib
 import fcntl
 import hashlib
@@ -31,13 +31,11 @@ from ..learning.advice import Adviser, LocalAdviser, versions_of
 from ..learning.registry import Manifest, load_models, read_current, read_manifest
 from .account import Account, ExchangeClock, balances, check_key, leverage, set_leverage, synchronise
 from .bot import Bot, Plan, drain, limit_of, run, say
-from .dashboard import start_in_thread
 from .exchange import BASE_URL, Credentials, Listing, fetch_listings, open_client
 from .executor import Executor
 from .flight import Flight
 from .journal import Row, entry_of, open_journal, read_journal
 from .notify import Notifier, read_urls
-from .paper import paper_exchange
 from .recent import Recent
 from .status import KILL
 from .stream import Listening, Senses, Stream
@@ -212,7 +210,7 @@ def rules_of(
     return Rules({symbol: listing.contract_value for symbol, listing in account.listings.items()}, {symbol: product.max_size for symbol, product in products.items()},
                  limit_of(limits, float(wallet.value["USD"].balance)), entries_a_minute=len(products) + 1)
 
-# %% ../../nbs/live/92_launch.ipynb #f1bf8cba
+# %% ../../nbs/live/92_launch.ipynb #7fd53054
 @contextlib.contextmanager
 def on_paper(
     settings: Settings,
@@ -221,12 +219,13 @@ def on_paper(
     folder: Path,       # where the account is kept
 ) -> Iterator[tuple[Place, Credentials]]:
     "An exchange of our own, and a key for it."
+    from delta_go.live.paper import paper_exchange
     key = ("paper-key", "paper-secret-0001")
     with paper_exchange(source.rest, source.public, settings.symbols, resolution, balance=settings.starting_equity, folder=folder, key=key) as exchange:
         wire = "ws" + exchange.url.removeprefix("http")
         yield Place(exchange.url, f"{wire}/public", f"{wire}/private"), Credentials(*key)
 
-# %% ../../nbs/live/92_launch.ipynb #d222a175
+# %% ../../nbs/live/92_launch.ipynb #a9621444
 @contextlib.contextmanager
 def aboard(
     settings: Settings,
@@ -267,6 +266,7 @@ def aboard(
             stream.start()
             stack.callback(stream.stop)
         if settings.status_port:
+            from delta_go.live.dashboard import start_in_thread
             stack.callback(start_in_thread(folder, port=settings.status_port, key=settings.dashboard_key.get_secret_value() or None).stop)
         yield bot, events
 
