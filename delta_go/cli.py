@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'data_app', 'Symbols', 'Resolution', 'Start', 'End', 'Seed', 'Jobs', 'AllowGaps', 'main', 'split_words', 'run',
            'check', 'simulate', 'import_file', 'fetch', 'backtest', 'serve', 'emulate', 'rehearse', 'bot', 'dashboard',
-           'explain']
+           'journal', 'explain']
 
 # %% ../nbs/98_cli.ipynb #a7b6d849
 import json
@@ -263,6 +263,17 @@ def dashboard(
     from delta_go.config import load_settings
     from delta_go.live.dashboard import serve_dashboard
     serve_dashboard(folder, host, port, load_settings().dashboard_key.get_secret_value() or None, typer.echo)
+
+# %% ../nbs/98_cli.ipynb #2d15342a
+@app.command()
+def journal(
+    path: Annotated[Path, typer.Argument(help="A bot's journal.db.")],
+    export: Annotated[Path | None, typer.Option(help="A file of JSON lines to write.")] = None,
+) -> None:
+    "Check that no row of a journal was changed or removed; write a copy for other programs."
+    from delta_go.live.journal import export_journal, verify
+    count = export_journal(path, export) if export else verify(path)
+    typer.echo(f"{count:,} rows, unbroken{f', written to {export}' if export else ''}")
 
 # %% ../nbs/98_cli.ipynb #9ba3005c
 @app.command()

@@ -43,7 +43,7 @@ from delta_go.live.account import (
     synchronise,
     weight_of,
 )
-from delta_go.live.exchange import Credentials, Listing, on_tick, sign, stop_on_tick
+from delta_go.live.exchange import Credentials, Listing, sign
 from delta_go.trading.messages import (
     Accepted,
     Answer,
@@ -637,14 +637,6 @@ def test_the_truth_check_costs_a_fraction_of_the_quota():
 def test_all_spellings_are_one_code(words):
     spellings = {"_".join(words), "-".join(words), " ".join(words), "".join(word.title() for word in words), " ".join(word.title() for word in words), "_".join(words).upper()}
     assert len({same_code(spelling) for spelling in spellings}) == 1
-
-
-@given(st.decimals("0.0001", "1000000", places=6), st.sampled_from(["0.5", "0.05", "0.0001"]), st.sampled_from(["buy", "sell"]))
-def test_a_stop_on_the_tick_never_widens_the_loss(price, tick, side):
-    tick = Decimal(tick)
-    stop = stop_on_tick(price, tick, side)
-    assert stop % tick == 0 and 0 <= (stop - price) * (1 if side == "buy" else -1) < tick
-    assert abs(on_tick(price, tick) - price) <= tick / 2
 
 
 JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6), lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from([*ROW, "error", "code"]), inner, max_size=4), max_leaves=6)

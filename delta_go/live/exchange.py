@@ -5,18 +5,18 @@
 # %% auto #0
 __all__ = ['BASE_URL', 'INSIST', 'PAGE', 'Progress', 'read_reply', 'open_client', 'ask', 'missing_windows', 'read_candle_rows',
            'usable', 'candles_from', 'fetch_candles', 'funding_from_candles', 'funding_from', 'fetch_funding',
-           'Download', 'download', 'download_funding', 'Listing', 'read_listing', 'fetch_listings', 'on_tick',
-           'stop_on_tick', 'Credentials', 'sign']
+           'Download', 'download', 'download_funding', 'Listing', 'read_listing', 'fetch_listings', 'Credentials',
+           'sign']
 
-# %% ../../nbs/live/70_exchange.ipynb #b8867184
+# %% ../../nbs/live/70_exchange.ipynb #aea28838
 import hashlib
 import hmac
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from decimal import ROUND_CEILING, ROUND_FLOOR, ROUND_HALF_UP, Decimal
+from decimal import Decimal
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
@@ -338,27 +338,6 @@ def fetch_listings(
     "The products behind symbols, as this environment numbers them."
     with open_client(base_url) as client:
         return {symbol: read_listing(ask(client, f"/v2/products/{symbol}", {}, patience)[0]) for symbol in symbols}
-
-# %% ../../nbs/live/70_exchange.ipynb #feb93467
-def on_tick(
-    price: Decimal | float,                                    # USD; a float means the decimal that it prints as
-    tick: Decimal,                                             # USD
-    toward: Literal["nearest", "up", "down"] = "nearest",
-) -> Decimal:
-    "The price as a whole number of ticks."
-    exact = price if isinstance(price, Decimal) else Decimal(repr(float(price)))
-    if not exact.is_finite() or exact <= 0:
-        raise InputError(f"price: expected a number above zero, got {price}")
-    rounding = {"nearest": ROUND_HALF_UP, "up": ROUND_CEILING, "down": ROUND_FLOOR}[toward]
-    return (exact / tick).to_integral_value(rounding) * tick
-
-def stop_on_tick(
-    price: Decimal | float,       # USD
-    tick: Decimal,                # USD
-    side: Literal["buy", "sell"], # of the entry it protects
-) -> Decimal:
-    "A protective stop on the tick, rounded towards triggering."
-    return on_tick(price, tick, "up" if side == "buy" else "down")
 
 # %% ../../nbs/live/70_exchange.ipynb #c646b52b
 @dataclass(frozen=True, slots=True)
