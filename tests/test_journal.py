@@ -226,6 +226,21 @@ def test_a_file_that_was_only_just_made_is_empty(path):
     assert [row.kind for row in open_journal(path, 1, "writer")[1]] == ["lease"]
 
 
+def test_a_lease_without_its_first_row_is_a_beginning(path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def die(*_):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(room.Journal, "append", die)
+        with pytest.raises(Killed):
+            open_journal(path, 1, "writer")
+    assert verify(path) == 0
+    assert [row.kind for row in open_journal(path, 2, "writer")[1]] == ["lease"]
+
+
 def test_not_a_journal(tmp_path):
     path = tmp_path / "bot.sqlite"
     path.write_bytes(b"something else entirely" * 500)

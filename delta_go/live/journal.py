@@ -110,7 +110,7 @@ def _rows(database: sqlite3.Connection) -> Iterator[Row]:
     for values in database.execute(f"SELECT {_COLUMNS} FROM journal ORDER BY sequence"):
         yield Row(*values)
 
-# %% ../../nbs/live/75_journal.ipynb #b44608af
+# %% ../../nbs/live/75_journal.ipynb #63756774
 def read_journal(
     path: Path,
     after: int = 0,  # rows with a higher number only
@@ -131,8 +131,9 @@ def read_journal(
     finally:
         if database is not None:
             database.close()
-    if lease != ((rows[-1].sequence, rows[-1].hash) if rows else None):
-        raise StopTrading(f"journal: {path.name} ends at row {len(rows)} and its lease at row {lease[0] if lease else 0}: rows at the end were removed")
+    ends = lease or (0, START)  # none yet, or taken by somebody who died before its first row: both are a beginning
+    if ends != ((rows[-1].sequence, rows[-1].hash) if rows else (0, START)):
+        raise StopTrading(f"journal: {path.name} ends at row {len(rows)} and its lease at row {ends[0]}: rows at the end were removed")
     return [row for row in rows if row.sequence > after]
 
 def verify(
