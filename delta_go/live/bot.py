@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['DRAIN', 'GRACE', 'BOOT', 'BLOCKED', 'Plan', 'too_late', 'Bot', 'hear', 'heed', 'drain', 'keep_time', 'guard',
-           'too_old', 'close_if_due', 'limit_of', 'follow_equity', 'facts_of', 'refresh', 'holdings_of', 'services_of',
-           'status_of', 'say', 'barrier', 'tick', 'run']
+           'too_old', 'close_if_due', 'limit_of', 'follow_equity', 'ask_models', 'facts_of', 'refresh', 'holdings_of',
+           'services_of', 'status_of', 'say', 'barrier', 'tick', 'run']
 
-# %% ../../nbs/live/89_bot.ipynb #8bd8b195
+# %% ../../nbs/live/89_bot.ipynb #9fc0d74a
+import contextlib
 import os
 from collections import deque
 from collections.abc import Callable
@@ -17,9 +18,13 @@ from functools import partial
 from pathlib import Path
 from queue import Empty, Queue
 
+import numpy as np
+
 
 from .. import __version__
-from ..domain import SkipBar
+from ..domain import InputError, RetryError, SkipBar
+from ..learning.features import WINDOW
+from ..learning.predictor import PREDICTOR_FEATURES
 from .account import acknowledge, create_heartbeat, synchronise
 from .flight import Flight, close_bar, last_price, price_of, read_on
 from .recent import Recent
@@ -52,7 +57,7 @@ def too_late(
     "How long after a close its entries may still be sent: the backtest fills them at once."
     return min(120.0, step / 10)
 
-# %% ../../nbs/live/89_bot.ipynb #87bbd55e
+# %% ../../nbs/live/89_bot.ipynb #a291e8e9
 class Bot:
     "A flight that goes on by itself."
     def __init__(
@@ -74,7 +79,7 @@ class Bot:
         self.causes: dict[str, Cause] = {}
         self.clock, self.killed, self.asked, self.draining, self.done = "", "", "", "", False  # asked: to drain, by whom
         self.next_open = self.newest() - plan.step
-        self.due = dict.fromkeys(("kill", "clock", "retry", "beat", "say"), -1e9)
+        self.due = dict.fromkeys(("kill", "clock", "retry", "beat", "models", "say"), -1e9)
         self.armed: tuple[str, ...] = ()
         self.state: State = "BOOT"
         self.started = wall()
@@ -234,6 +239,24 @@ def follow_equity(
         state = bot.flight.executor.state
         state.rules = replace(state.rules, max_notional=limit_of(bot.flight.limits, breakers.previous))
 
+# %% ../../nbs/live/89_bot.ipynb #b6c3e32a
+def ask_models(
+    bot: Bot,
+) -> None:
+    "See whether the two services answer; models in this process always do."
+    flight = bot.flight
+    if not bot.plan.services or not flight.windows or not bot.turn_of("models", 15.0 if flight.silent else 60.0):
+        return
+    symbol, candles = next(iter(flight.windows.items()))
+    if len(candles) < WINDOW:
+        return
+    try:
+        flight.adviser.regime(candles)
+        flight.adviser.probability(symbol, np.full(len(PREDICTOR_FEATURES), np.nan))
+        flight.silent = {}
+    except (RetryError, InputError) as error:
+        flight.silent = {symbol: str(error)}
+
 # %% ../../nbs/live/89_bot.ipynb #53af9771
 BOOT = 30.0  # seconds until what is still missing is told
 
@@ -286,7 +309,7 @@ def services_of(
         views.append(ServiceView(name, bot.plan.services.get(name, ""), service.breaker.state if service else "closed", words))
     return views
 
-# %% ../../nbs/live/89_bot.ipynb #1558c558
+# %% ../../nbs/live/89_bot.ipynb #c4984eb4
 BLOCKED = {DAILY_LOSS: "daily loss", DRAWDOWN: "drawdown"}
 
 def status_of(
@@ -307,12 +330,10 @@ def say(
     state: State | None = None,
 ) -> None:
     "Write the status; a disk that refuses it must not stop a bot."
-    try:
+    with contextlib.suppress(OSError):
         write_status(bot.plan.folder, status_of(bot, state))
-    except OSError:
-        pass
 
-# %% ../../nbs/live/89_bot.ipynb #660499bd
+# %% ../../nbs/live/89_bot.ipynb #bafe7e8e
 def barrier(
     bot: Bot,
     symbol: str,
@@ -335,14 +356,13 @@ def tick(
     if hands.now_us() >= hands.state.wake_us:
         hands.handle(Tick())
     guard(bot)
+    ask_models(bot)
     follow_equity(bot)
     decided = not bot.draining and bot.state != "BOOT" and close_if_due(bot)
     refresh(bot)
     if decided:
-        try:
+        with contextlib.suppress(OSError):
             write_windows(bot.plan.folder, bot.flight.windows)
-        except OSError:
-            pass
     if bot.turn_of("say", 1.0) or decided or bot.state != before:
         say(bot)
     return decided

@@ -111,7 +111,7 @@ def read_on(
     log.read = len(entries)
     return log
 
-# %% ../../nbs/live/84_flight.ipynb #74c016c1
+# %% ../../nbs/live/84_flight.ipynb #f4ce3109
 @dataclass(slots=True)
 class Flight:
     "A bot between two closes."
@@ -140,7 +140,7 @@ def last_price(
 def marked_equity(
     flight: Flight,
 ) -> float:  # USD
-    "The account at the last closes; SkipBar when the wallet cannot be read."
+    "The account at the last closes; SkipBar when the wallet cannot be read, or a price is missing."
     wallet = balances(flight.executor.account)
     if not isinstance(wallet, Answer) or wallet.value is None:
         raise SkipBar("the wallet could not be read; no decision on this bar")
@@ -148,6 +148,8 @@ def marked_equity(
     for product in flight.products:
         if trip := flight.log.open.get(product.symbol):
             marked += trip.side * trip.open_size * product.contract_value * (last_price(flight, product.symbol) - price_of(trip.entries))
+    if not math.isfinite(marked):
+        raise SkipBar("no price is known of what is held; no decision on this bar")
     return marked
 
 def positions_of(

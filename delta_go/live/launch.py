@@ -7,7 +7,7 @@ __all__ = ['PRODUCTION', 'TESTNET', 'SENTENCE', 'INSIST', 'Place', 'place_of', '
            'check_listings', 'use_leverage', 'claim', 'check_owner', 'secrets_of', 'board', 'steady', 'rules_of',
            'on_paper', 'aboard', 'obeying', 'clear', 'fly']
 
-# %% ../../nbs/live/92_launch.ipynb #7927bf04
+# %% ../../nbs/live/92_launch.ipynb #60b626dc
 import contextlib
 import fcntl
 import hashlib
@@ -30,7 +30,7 @@ from ..domain import InputError, Product, RetryError, StopTrading
 from ..learning.advice import Adviser, LocalAdviser, versions_of
 from ..learning.registry import Manifest, load_models, read_current, read_manifest
 from .account import Account, ExchangeClock, balances, check_key, leverage, set_leverage, synchronise
-from .bot import Bot, Plan, drain, limit_of, run, say
+from .bot import Bot, Plan, limit_of, run, say
 from .exchange import BASE_URL, Credentials, Listing, fetch_listings, open_client
 from .executor import Executor
 from .flight import Flight
