@@ -37,6 +37,7 @@ from delta_go.trading.intents import (
     Rules,
     Send,
     SendResult,
+    State,
     Stop,
     Tick,
     blocked,
@@ -511,3 +512,22 @@ def test_questions_have_one_answer(desk):
     late = Question(OPEN, 1, 0)
     state, effects = step(desk.state, Answered(late, Answer([STOP_LEG])), desk.now * SECOND)
     assert state.listed == () and effects == []
+
+
+def test_a_limit_below_what_is_held_stops_no_exit():
+    """Equity falls, and the limit with it: what is held may be left, by decision and by switch."""
+    name = order_name("dg-", 1, 1)
+    told = [Entry("lease", "1", {"holder": "x"}),
+            Entry("intent", name, {"number": 1, "symbol": "BTCUSD", "side": "buy", "size": 100, "reduce_only": False, "stop": "49000", "target": None, "limit": None,
+                                   "order_type": "market_order", "mark": "50000", "reason": "BTCUSD:1", "made_us": 0}),
+            Entry("outcome", f"{name}:open", {"client_order_id": name, "status": "open", "order_id": "7", "detail": ""}),
+            Entry("fill", "f1", {"owner": name, "order_id": "7", "symbol": "BTCUSD", "side": "buy", "size": 100, "price": "50000", "commission": "1", "time_us": 0, "role": "taker", "kind": "normal"}),
+            Entry("outcome", f"{name}:filled", {"client_order_id": name, "status": "filled", "order_id": "7", "detail": ""})]
+    books = Books()
+    for entry in told:
+        books = post(books, entry)
+    rules = Rules({"BTCUSD": Decimal("0.001")}, {"BTCUSD": 50}, Decimal(1_000))
+    for event in (Stop("the switch", flatten=True), Place(OrderRequest("wish", "BTCUSD", "sell", 100, reduce_only=True), Decimal(49_500), "BTCUSD:2")):
+        before = State(rules, books, 0)
+        after, effects = step(before, event, 10 * SECOND)
+        assert faults(before, effects, after) == [] and any(isinstance(effect, Send) and effect.request.reduce_only for effect in effects)

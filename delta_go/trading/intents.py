@@ -321,7 +321,7 @@ def refusal(
               (sum(at > now_us - 60 * SECOND for at in books.entries_us) >= rules.entries_a_minute, f"{rules.entries_a_minute} entries in the last minute"))
     return next((words for fault, words in checks if fault), "")
 
-# %% ../../nbs/trading/49_intents.ipynb #8e070bfd
+# %% ../../nbs/trading/49_intents.ipynb #a94c0186
 def broken_books(
     before: Books,
     after: Books,
@@ -329,7 +329,7 @@ def broken_books(
 ) -> list[str]:  # empty, unless the protocol is wrong
     "What a change of the books must never do."
     orders = list(after.owners.values())
-    grown = after.number > before.number
+    grown = any(not after.intents[name].request.reduce_only for name in after.live if name not in before.intents)  # an exit is never too much
     checks = [(len(orders) != len(set(orders)), "one intent has two orders"), (not before.fills <= after.fills, "a fill was forgotten"),
               (after.number < before.number, "a number was used twice"),
               (grown and worst_notional(after, rules, marks_of(after)) > rules.max_notional, "more than the limit of all positions"),
