@@ -74,7 +74,9 @@ class Stage:
         return self.bots[-1]
 
     def entries(self) -> list[Entry]:
-        return [entry_of(row) for row in read_journal(self.folder / "journal.db")]
+        """What the bot has written down."""
+        path = self.folder / "journal.db"
+        return [entry_of(row) for row in read_journal(path)] if path.exists() else []
 
     def intents(self) -> list[Entry]:
         return [entry for entry in self.entries() if entry.kind == "intent"]
@@ -186,3 +188,233 @@ def test_positions_are_closed(stage, positions, way):
     here = stage()
     enter(here, positions)
     kill(here, way)
+
+
+def test_while_an_entry_is_on_its_way(stage):
+    """The order has arrived, its answer has not; two more entries wait behind it."""
+    here = stage(Rule("slow", "POST /v2/orders", times=3, seconds=4.0))
+    here.board()
+    assert wait_for(lambda: held(here.truth()), 150, 0.02), here.log()
+    kill(here, "signal")
+    assert len([entry for entry in here.intents() if not entry.body["reduce_only"]]) == 1
+    stays_halted(here)
+
+
+def test_while_all_answers_are_slow(stage):
+    """The same with the file, which is only seen when somebody looks."""
+    here = stage(Rule("slow", "POST /v2/orders", times=3, seconds=5.0))
+    here.board()
+    assert wait_for(lambda: held(here.truth()), 150, 0.02), here.log()
+    kill(here, "file")
+
+
+@pytest.mark.parametrize("rule", [Rule("reply_lost", "POST /v2/orders", times=1), Rule("late", "POST /v2/orders", times=1, seconds=3.0),
+                                  Rule("slow", "POST /v2/orders", times=1, seconds=8.0)], ids=lambda rule: rule.kind)
+def test_while_an_order_is_in_doubt(stage, rule):
+    """Accepted, and nobody has told the bot."""
+    here = stage(rule)
+    here.board(symbols=1)
+    assert wait_for(lambda: here.exchange.faults.log, 150, 0.02), here.log()
+    kill(here, "file")
+    assert wait_for(lambda: not held(here.truth()) and any(entry.kind == "fill" and entry.body["owner"].startswith(OURS) for entry in here.entries()), 20)
+    time.sleep(8)
+    assert not held(here.truth()) and not resting(here.truth())
+
+
+class Sleepy(BaseHTTPRequestHandler):
+    """A service that answers after four seconds, with nothing of use."""
+    def do_POST(self) -> None:
+        self.server.asked.set()  # type: ignore[attr-defined]
+        time.sleep(4)
+        with contextlib.suppress(OSError):
+            self.send_error(503)
+
+    def log_message(self, *words: object) -> None:
+        """Nothing."""
+
+
+@pytest.fixture
+def sleepy() -> Iterator[tuple[str, threading.Event]]:
+    """Its address, and whether it was asked."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), Sleepy) as server:
+        server.asked = threading.Event()  # type: ignore[attr-defined]
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", server.asked  # type: ignore[attr-defined]
+        server.shutdown()
+
+
+def die(stage: Stage) -> None:
+    stage.bots[-1].kill()
+    stage.bots[-1].wait()
+
+
+@pytest.mark.parametrize("way", ["signal", "file", "page"])
+def test_while_the_services_are_slow(stage, sleepy, way):
+    """A close is under way, and every question to a model takes as long as it may."""
+    here, (address, asked) = stage(), sleepy
+    enter(here)
+    die(here)
+    here.wind(AGAIN - 4)
+    here.board(HMM_ENDPOINT=address, TRADE_PREDICTOR_ENDPOINT=address)
+    assert asked.wait(60)
+    time.sleep(0.2)
+    assert len(held(here.truth())) == 3
+    kill(here, way)
+
+
+def test_while_streams_break(stage):
+    """Every message breaks its connection."""
+    here = stage(Rule("disconnect", start=FIRST + 6))
+    enter(here)
+    assert wait_for(lambda: state_in(here.folder) == "DEGRADED", 60), here.log()
+    kill(here, "page")
+
+
+@pytest.mark.slow
+def test_while_streams_are_silent(stage):
+    here = stage(Rule("silent", start=FIRST + 6, seconds=3_600))
+    enter(here)
+    assert wait_for(lambda: state_in(here.folder) == "DEGRADED", 120), here.log()
+    kill(here, "file")
+
+
+@pytest.mark.parametrize("way", ["file", "signal"])
+def test_in_a_storm_of_refusals(stage, way):
+    """The limit of calls is used up for some seconds; what counts is the time since."""
+    here = stage(Rule("status", start=FIRST + 8, until=FIRST + 14, status=429, seconds=1.0))
+    enter(here)
+    assert wait_for(lambda: here.truth()["at"] > FIRST + 9, 30)
+    kill(here, way, reachable=FIRST + 14)
+
+
+def test_while_it_drains(stage):
+    """One order is in doubt, so the drain lasts; the exits that the switch sends are filled in part."""
+    here = stage(Rule("reply_lost", "POST /v2/orders", after=2, times=1), Rule("partial", "POST /v2/orders", after=3, times=2, part=0.4, rest_cancelled=True),
+                 Rule("lost", "GET /v2/orders/client_order_id/*", until=FIRST + 60))
+    here.board()
+    assert wait_for(lambda: any(entry.kind == "outcome" and entry.body["status"] == "unknown" for entry in here.entries()), 150, 0.02), here.log()
+    here.bots[-1].send_signal(signal.SIGTERM)
+    assert wait_for(lambda: state_in(here.folder) in ("DRAIN", "STOPPED"), 10)
+    print(state_in(here.folder))
+    kill(here, "signal")
+    assert here.bots[-1].wait(25) == 0
+
+
+def test_with_an_entry_filled_in_part(stage):
+    """The rest never finds anybody, and the first exit finds only some."""
+    here = stage(Rule("partial", "POST /v2/orders", times=4, part=0.4, rest_cancelled=True))
+    enter(here)
+    first = {fill["order_id"]: fill["size"] for fill in reversed(here.truth()["fills"])}
+    assert all(order["size"] > first[str(order["id"])] for order in here.truth()["orders"] if order["client_order_id"])
+    kill(here, "page")
+    stays_halted(here)
+
+
+def test_while_it_starts(stage):
+    """Killed with positions, told to stop while nobody is there."""
+    here = stage()
+    enter(here)
+    die(here)
+    here.board()
+    kill(here, "file")
+    stays_halted(here)
+
+
+def test_while_every_answer_takes_its_time(stage):
+    """The exchange can be reached, and is slow."""
+    here = stage(Rule("slow", "GET /v2/*", start=FIRST + 6, seconds=2.5))
+    enter(here)
+    assert wait_for(lambda: here.truth()["at"] > FIRST + 14, 30)
+    kill(here, "signal")
+
+
+# Somebody else's -------------------------------------------------------------------------------------------------------------
+
+def by_hand(stage: Stage, symbol: str, side: str, size: int) -> None:
+    """A person trades with the bot's key."""
+    account = Account(stage.exchange.url, Credentials(KEY, SECRET), fetch_listings(stage.exchange.url, list(SYMBOLS)), time.monotonic, clock=ExchangeClock(time.monotonic))
+    assert synchronise(account) is None
+    assert isinstance(place_order(account, OrderRequest("by-hand", symbol, side, size)), Accepted)  # type: ignore[arg-type]
+    account.client.close()
+
+
+def test_a_position_opened_by_hand_is_left_alone(stage):
+    """And the bot makes no entry where somebody else trades."""
+    here = stage()
+    by_hand(here, "ETHUSD", "buy", 7)
+    by_hand(here, "SOLUSD", "sell", 3)
+    here.board(symbols=2)
+    assert wait_for(lambda: "BTCUSD" in held(here.truth()), 150), here.log()
+    assert "is not ours; it is left alone" in here.log()
+    kill(here, "file", spared={"ETHUSD": 7, "SOLUSD": -3})
+    stays_halted(here, spared={"ETHUSD": 7, "SOLUSD": -3})
+    assert all(entry.body["symbol"] == "BTCUSD" for entry in here.intents())
+
+
+def test_what_was_added_by_hand_is_left_alone(stage):
+    """Ours is closed, theirs stays, and none of our stops could close it later."""
+    here = stage()
+    enter(here, 1)
+    size = held(here.truth())["BTCUSD"]
+    by_hand(here, "BTCUSD", "buy" if size > 0 else "sell", 5)
+    time.sleep(2)
+    kill(here, "signal", spared={"BTCUSD": 5 if size > 0 else -5})
+
+
+def test_what_was_closed_by_hand_is_closed(stage):
+    """The bot closes what is left of it."""
+    here = stage()
+    enter(here, 1)
+    size = held(here.truth())["BTCUSD"]
+    by_hand(here, "BTCUSD", "sell" if size > 0 else "buy", abs(size) // 3)
+    kill(here, "file")
+
+
+# After it --------------------------------------------------------------------------------------------------------------------
+
+def test_killed_while_it_flattens(stage):
+    """It dies between two exits; whoever starts next finishes, and enters nothing."""
+    here = stage(Rule("slow", "POST /v2/orders", after=4, times=1, seconds=4.0))
+    enter(here)
+    by_file(here)
+    assert wait_for(lambda: len(held(here.truth())) < 3, 30, 0.01)
+    die(here)
+    assert held(here.truth())
+    here.board()
+    kill(here, "file")
+    stays_halted(here)
+
+
+def test_a_person_clears_it(stage):
+    """Then, and only then, it enters again."""
+    here = stage()
+    enter(here)
+    kill(here, "page")
+    here.bots[-1].send_signal(signal.SIGTERM)
+    assert here.bots[-1].wait(25) == 0
+    here.wind(AGAIN - 5)
+    here.board("--clear", "Ada")
+    assert wait_for(lambda: len(held(here.truth())) == 3, 150), here.log()
+    assert state_in(here.folder) == "RUNNING" and not (here.folder / "KILL").exists()
+    assert [entry.body.get("person") for entry in here.entries() if entry.kind == "halt"][-1] == "Ada"
+
+
+# The gentle way --------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("kind", ["", "reply_lost", "lost"])
+def test_a_drain_ends_in_order(stage, kind):
+    """SIGTERM: nothing is in doubt at the end, and what is held keeps its bracket."""
+    here = stage(*([Rule(kind, "POST /v2/orders", after=2, times=1)] if kind else []))
+    here.board()
+    assert wait_for(lambda: len([entry for entry in here.entries() if entry.kind == "outcome"]) >= 3, 150, 0.02), here.log()
+    asked = here.truth()["at"]
+    here.bots[-1].send_signal(signal.SIGTERM)
+    assert here.bots[-1].wait(40) == 0
+    took = here.truth()["at"] - asked
+    print(f"drained in {took:.1f} s")
+    truth = here.truth()
+    ended = {entry.body["client_order_id"] for entry in here.entries() if entry.kind == "outcome" and entry.body["status"] not in ("unknown", "open")}
+    assert ended == {entry.key for entry in here.intents()} and took < 20 and state_in(here.folder) == "STOPPED"
+    assert len(held(truth)) == (2 if kind == "lost" else 3)
+    stops = {order["product_symbol"]: order for order in resting(truth) if order["stop_order_type"] == "stop_loss_order"}
+    assert {symbol: abs(size) for symbol, size in held(truth).items()} == {symbol: order["unfilled_size"] for symbol, order in stops.items()}
