@@ -5,17 +5,20 @@
 # %% auto #0
 __all__ = ['parse_time', 'LoadedMarket', 'parse_edge', 'load_market']
 
-# %% ../../nbs/market/15_load.ipynb #bacfff0b
+# %% ../../nbs/market/15_load.ipynb #83ff6c5b
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..domain import SYMBOLS, InputError
 from .candles import RESOLUTIONS, Candles, check_candles
-from .simulate import Edge, simulate_market
 from .store import Funding, available, fingerprint, read_candles, read_funding
+
+if TYPE_CHECKING:
+    from delta_go.market.simulate import Edge
 
 # %% ../../nbs/market/15_load.ipynb #fc71c95d
 def parse_time(
@@ -49,11 +52,12 @@ class LoadedMarket:
         "Times and rates of a symbol's funding."
         return self.funding[symbol].time, self.funding[symbol].rate
 
-# %% ../../nbs/market/15_load.ipynb #14453913
+# %% ../../nbs/market/15_load.ipynb #17beb348
 def parse_edge(
     text: str,   # kind:basis points, such as drift:40; empty for none
-) -> Edge | None:
+) -> "Edge | None":
     "A planted edge, as a person writes it."
+    from delta_go.market.simulate import Edge
     if not text:
         return None
     kind, _, size = text.partition(":")
@@ -63,6 +67,7 @@ def parse_edge(
         raise InputError(f"edge: expected kind:basis_points such as drift:40, got {text!r} ({error})") from None
 
 def _simulated(resolution: str, symbols: Sequence[str] | None, seed: int, edge: str) -> LoadedMarket:
+    from delta_go.market.simulate import simulate_market
     market = simulate_market(tuple(symbols or SYMBOLS), step=RESOLUTIONS[resolution], seed=seed, edge=parse_edge(edge))
     planted = f"a planted edge ({edge})" if edge else "no edge"
     return LoadedMarket(market.candles, market.funding, market.regimes, f"simulated market, seed {seed}, {planted}", resolution)
