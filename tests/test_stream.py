@@ -242,21 +242,22 @@ def test_no_message_breaks_the_feed(where, value):
 # ---- the line -----------------------------------------------------------------------------------------------------------------
 
 @settings(max_examples=60, deadline=None)
-@given(st.booleans(), st.lists(st.tuples(st.sampled_from(["tick", "tick", "tick", "opened", "login", "heartbeat", "pong", "lost", "too_often"]), st.floats(0, 40), st.floats(0, 1)), max_size=200))
+@given(st.booleans(), st.lists(st.tuples(st.sampled_from(["tick", "tick", "tick", "opened", "login", "subscribed", "heartbeat", "pong", "lost", "too_often"]), st.floats(0, 40), st.floats(0, 1)), max_size=200))
 def test_the_line_keeps_its_promises(private, happenings):
     line, now, connects, told = Line(private), 0.0, [], []
     for what, later, chance in happenings:
         now += later / 4
-        if what == "opened" and line.phase != "connecting" or what == "login" and line.phase != "login":
+        if what == "opened" and line.phase != "connecting" or what in ("login", "subscribed") and line.phase != "login":
             continue
         line, doing = step_line(line, what, now, chance, "why")
         connects += [now] * ("connect" in doing)
-        told += [word for word in doing if word.startswith("tell")]
+        told += [(word, line.reason if word == "tell_gap" else "") for word in doing if word.startswith("tell")]
         assert "close" not in doing or line.phase == "waiting" and line.due >= now
-        assert "subscribe" not in doing or line.phase == "live"
+        assert "subscribe" not in doing or line.phase == ("live" if private else "login")
+        assert "tell_live" not in doing or what == ("login" if private else "subscribed")
         assert len(line.connects) <= 200
     assert all(second - first >= APART for first, second in zip(connects, connects[1:]))
-    assert all(first != second for first, second in zip(told, told[1:])), "gap and live take turns"
+    assert all(first != second for first, second in zip(told, told[1:])), "the same is never told twice in a row"
 
 
 def test_a_line_that_dies_at_once_never_comes_near_the_limit():
@@ -266,6 +267,7 @@ def test_a_line_that_dies_at_once_never_comes_near_the_limit():
         if "connect" in doing:
             connects.append(now)
             line, _ = step_line(line, "opened", now, 0.0)
+            line, _ = step_line(line, "subscribed", now, 0.0)
             line, _ = step_line(line, "lost", now + (70 if len(connects) % 2 else 0), 0.0)
             now += 70 if len(connects) % 2 else 0
         now += .25
@@ -280,7 +282,10 @@ def test_after_a_refusal_for_haste_it_stays_away_for_five_to_ten_minutes():
 
 
 def test_silence_is_noticed():
-    line, _ = step_line(replace(Line(False), phase="connecting"), "opened", 0.0, 0.0)
+    deaf, doing = step_line(replace(Line(False), phase="connecting"), "opened", 0.0, 0.0)
+    assert doing == ("greet", "subscribe") and step_line(deaf, "tick", 10.1, 0.0)[0].reason == "no answer to the subscription for 10 s"
+    line, doing = step_line(deaf, "subscribed", 0.0, 0.0)
+    assert doing == ("tell_live",)
     line, doing = step_line(line, "tick", 30.0, 0.0)
     assert doing == ("ping",)
     answered, _ = step_line(line, "pong", 30.1, 0.0)
@@ -329,6 +334,8 @@ def say(connection, *messages):
 def idle(theatre, connection):
     while True:
         message = theatre.read(connection)
+        if message["type"] == "subscribe":
+            say(connection, {"type": "subscriptions", "channels": []})
         if message["type"] == "ping":
             say(connection, {"type": "pong"}, {"type": "heartbeat"})
         if message["type"] == "key-auth":
@@ -470,10 +477,10 @@ def test_nobody_there_and_no_time_are_gaps(listen):
 def test_a_refusal_for_haste_waits_minutes(listen):
     theatre = Theatre()
     theatre.refusals = 1
-    events, stream = listen(theatre, house="public", speed=1000.0)
+    events, stream = listen(theatre, house="public", speed=250.0)
     gap, live = take(events, 2)
     assert gap.reason == "refused with 429" and live == Live("public")
-    assert (theatre.opened[1] - theatre.opened[0]) * 1000 >= 300
+    assert (theatre.opened[1] - theatre.opened[0]) * 250 >= 300
 
 
 def test_hostile_frames_and_refused_channels(listen):
@@ -491,7 +498,7 @@ def test_a_book_that_does_not_match_is_asked_for_again(listen):
     whole = {"type": "ob_updates", "action": "snapshot", "sy": "BTCUSD", "ts": 1, "seq": 5, "a": [["2", "1"]], "b": [], "cs": zlib.crc32(b"2:1|")}
     def scene(theatre, connection):
         theatre.read(connection, 2)
-        say(connection, whole, whole | {"action": "update", "seq": 6, "cs": 1}, whole | {"action": "update", "seq": 7})
+        say(connection, {"type": "subscriptions", "channels": []}, whole, whole | {"action": "update", "seq": 6, "cs": 1}, whole | {"action": "update", "seq": 7})
         theatre.read(connection, 2)
         say(connection, whole | {"seq": 40})
         idle(theatre, connection)

@@ -27,8 +27,8 @@ from .exchange import Credentials, sign
 from ..market.candles import step_of
 from ..trading.news import BookSeen, CandleSeen, Event, Feed, Gap, House, Live, PriceSeen
 
-# %% ../../nbs/live/72_stream.ipynb #a2dbb8b3
-Happening = Literal["tick", "opened", "login", "heartbeat", "pong", "lost", "too_often"]
+# %% ../../nbs/live/72_stream.ipynb #4a1c646b
+Happening = Literal["tick", "opened", "login", "subscribed", "heartbeat", "pong", "lost", "too_often"]
 Doing = Literal["connect", "greet", "subscribe", "ping", "close", "tell_gap", "tell_live"]
 SILENCE, PING, PONG, APART, MOST, LONGEST_WAIT = 35.0, 30.0, 5.0, 2.0, 100, 60.0
 
@@ -44,7 +44,7 @@ class Line:
     beat: float = 0.0                 # last heartbeat
     spoke: float = 0.0                # last ping
     answered: float = 0.0             # last pong
-    told: bool = False                # the gap since it was last live
+    told: bool = False                # the gap since it was last live, with this reason
     reason: str = ""                  # of the last loss
 
 def _lose(line: Line, now: float, reason: str, chance: float, banned: bool) -> tuple[Line, tuple[Doing, ...]]:
@@ -54,13 +54,13 @@ def _lose(line: Line, now: float, reason: str, chance: float, banned: bool) -> t
     recent = tuple(at for at in line.connects if at > now - 300)
     due = max(now + wait, max(recent, default=-math.inf) + APART, recent[-MOST] + 300 if len(recent) >= MOST else -math.inf)
     lost = replace(line, phase="waiting", due=due, connects=recent, failures=failures, since=now, told=True, reason=reason)
-    return lost, (("close", "tell_gap") if not line.told else ("close",))
+    return lost, (("close",) if line.told and line.reason == reason else ("close", "tell_gap"))
 
-# %% ../../nbs/live/72_stream.ipynb #089413fe
+# %% ../../nbs/live/72_stream.ipynb #f7009a33
 def _silent(line: Line, now: float) -> str | None:
     "Why the line must be given up, None if it need not."
     if line.phase == "login" and now - line.since > 10:
-        return "no answer to the login for 10 s"
+        return f"no answer to the {'login' if line.private else 'subscription'} for 10 s"
     if line.phase == "live" and now - line.beat > SILENCE:
         return f"no heartbeat for {SILENCE:.0f} s"
     return f"no pong for {PONG:.0f} s" if line.phase == "live" and line.answered < line.spoke < now - PONG else None
@@ -82,11 +82,11 @@ def step_line(
             return _lose(line, now, silent, chance, False)
         if line.phase == "live" and now - line.spoke >= PING:
             return replace(line, spoke=now), ("ping",)
-    if happening == "opened" and line.private:
-        return replace(line, phase="login", since=now, beat=now), ("greet",)
-    if happening == "login" and line.phase == "login" or happening == "opened":
+    if happening == "opened":
+        return replace(line, phase="login", since=now, beat=now), (("greet",) if line.private else ("greet", "subscribe"))
+    if happening == ("login" if line.private else "subscribed") and line.phase == "login":
         live = replace(line, phase="live", since=now, beat=now, spoke=now, answered=now, told=False)
-        return live, (("subscribe", "tell_live") if line.private else ("greet", "subscribe", "tell_live"))
+        return live, (("subscribe", "tell_live") if line.private else ("tell_live",))
     return replace(line, beat=now) if happening == "heartbeat" else replace(line, answered=now) if happening == "pong" else line, ()
 
 # %% ../../nbs/live/72_stream.ipynb #d0a8e609
@@ -187,7 +187,7 @@ class Listening:
             raise InputError(f"stream: expected a key for the private house and for no other, got {'one' if self.credentials else 'none'} for {self.house}")
         step_of(self.resolution)
 
-# %% ../../nbs/live/72_stream.ipynb #2b37d313
+# %% ../../nbs/live/72_stream.ipynb #2302845c
 CROWDED, RENEWAL = 10_000, 5.0  # waiting events, and seconds between two requests for a fresh picture
 
 def say(
@@ -220,7 +220,9 @@ def happening_in(
     kind = message.get("type")
     if kind == "key-auth":
         return ("login", "") if message.get("success") is True else ("lost", f"login refused: {message.get('status')} ({message.get('status_code')})")
-    return ("lost", f"the exchange says: {message.get('message')}") if kind == "error" else (kind, "") if kind in ("heartbeat", "pong") else None
+    if kind == "error":
+        return "lost", f"the exchange says: {message.get('message')}"
+    return ("subscribed", "") if kind == "subscriptions" else (kind, "") if kind in ("heartbeat", "pong") else None
 
 def refused_in(
     message: Mapping[str, Any],
