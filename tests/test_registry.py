@@ -455,3 +455,23 @@ def test_promotion_of_a_set_that_was_committed_but_not_moved(tmp_path, monkeypat
         patch.setattr(registry, "finish_commit", lambda folder: None)
         save(folder, predictor, rows, "new")
     assert (folder / NEXT).is_dir() and promote_models(folder, tmp_path / "models").verdict == "new"
+
+
+# Approval
+
+APPROVED = {"card": "0" * 64, "rules": "1", "replaces": None, "data_end": 1}
+
+
+def test_an_approval_stands_in_the_manifest_and_leaves_the_version_alone(contents):
+    manifest = parse_manifest(contents[MANIFEST_FILE])
+    assert manifest.approval is None and b"approval" not in contents[MANIFEST_FILE] and manifest_bytes(manifest) == contents[MANIFEST_FILE]
+    approved = replace(manifest, approval=APPROVED)
+    assert approved.version == manifest.version and parse_manifest(manifest_bytes(approved)) == approved
+    assert open_models({**contents, MANIFEST_FILE: manifest_bytes(approved)}.__getitem__).manifest.approval == APPROVED
+
+
+@pytest.mark.parametrize("wrong", ["yes", {}, {"card": "0" * 64}, {**APPROVED, "by": "me"}, [1], 1])
+def test_an_approval_of_another_form_is_refused(contents, wrong):
+    manifest = json.loads(contents[MANIFEST_FILE]) | {"approval": wrong}
+    with pytest.raises(InputError, match="manifest.json"):
+        parse_manifest(json.dumps(manifest).encode())
