@@ -4,6 +4,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import pickle
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -16,25 +17,32 @@ from unittest.mock import patch
 import numpy as np
 
 from delta_go.config import Settings, load_settings
-from delta_go.learning.registry import load_models, save_models
 from delta_go.live import launch
 from delta_go.live.bot import Bot
 from delta_go.live.pace import Setup
 from delta_go.live.rehearse import child, says_where
 from delta_go.live.stream import Senses
 from delta_go.market.candles import step_of
-from delta_go.market.load import load_market
-from delta_go.market.store import Funding, append_candles, append_funding
 from delta_go.trading.news import CandleClosed, Event, Gap
 
 KEY, SECRET = "emulator-key", "emulator-secret-0001"
 FIRST = 1_672_531_200    # open of the first bar, seconds UTC
 HISTORY = 250            # bars before the first that is played
 WAIT = 0.012             # seconds the bot is given to hear what a move of the clock has caused
+HASTE = 5.0              # how much faster than ours a socket's own clock runs; the exchange gives a sign of life every five of our seconds
+
+
+def prepared(home: Path, resolution: str, bars: int) -> tuple[Path, Path]:
+    """Models and data, made by another process: what that takes of memory is not the bot's."""
+    code = f"from pathlib import Path; from benchmarks import borrowed as b; home = Path({str(home)!r}); b.willing_models(home / 'models', {resolution!r}); b.borrowed_data(home / 'data', {resolution!r}, {bars})"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+    return home / "models", home / "data"
 
 
 def borrowed_data(folder: Path, resolution: str, bars: int, first: int = 1_864) -> Path:
     """A simulated hourly market where signals are frequent, its bars told in another length, with funding every eight hours."""
+    from delta_go.market.load import load_market
+    from delta_go.market.store import Funding, append_candles, append_funding
     step = step_of(resolution)
     for symbol, candles in load_market("", "1h").candles.items():
         part = candles[first:first + bars]
@@ -46,6 +54,8 @@ def borrowed_data(folder: Path, resolution: str, bars: int, first: int = 1_864) 
 
 def willing_models(folder: Path, resolution: str) -> Path:
     """The committed models, told that their bars have another length and that every signal is worth taking."""
+    from delta_go.learning.registry import load_models, save_models
+    from delta_go.market.load import load_market
     loaded, step = load_models("models"), step_of(resolution)
     regimes = {symbol: replace(model, step=step) for symbol, model in loaded.regimes.items()}
     predictor = replace(loaded.predictor, threshold=0.0, abstain_reason=None)
@@ -74,16 +84,15 @@ class World:
     resolution: str
     url: str
     bot: Bot | None = None
-    settled: int = 0                 # moves since the last close was decided
-    note: Callable[[Event, float], None] = lambda event, at: None
-    restarts: list[int] = field(default_factory=list)  # closes after which the bot is started again
-    closes: int = 0                  # decided so far
-    last: int = 0                    # closes after which it is over
+    note: Callable[[CandleClosed, float], None] = lambda event, at: None  # told of each bar's close, when it comes
+    watch: Callable[[], bool] = lambda: False          # looks whenever time passes; True lets the bot drain
     losses: list[str] = field(default_factory=list)    # why a stream was lost
 
     def move(self) -> None:
         """Let time pass: fast between two closes, slowly while something is awaited."""
         bot, step = self.bot, step_of(self.resolution)
+        if bot is not None and self.watch():
+            bot.asked = bot.asked or "enough"
         if bot is None or bot.draining:
             return self.pass_by(0.25)
         closed = bot.next_open + step
@@ -92,10 +101,10 @@ class World:
         elif closed - bot.now <= 0:
             hop = 0.25                                  # closed, and not yet decided
         elif bot.streams or bot.clock or bot.state == "BOOT":
-            hop = min(1.0, closed - bot.now + 0.05)     # as slowly as a line comes back
+            hop = min(2.0, closed - bot.now + 0.05)     # as slowly as a line comes back
         else:
             left = closed - bot.now
-            hop = min(step / 3, left - 0.5) if left > 0.6 else left + 0.05
+            hop = min(step / 3, 800.0, left - 0.5) if left > 0.6 else left + 0.05
         self.pass_by(hop)
 
     def pass_by(self, seconds: float) -> None:
@@ -150,9 +159,9 @@ def settings_for(world: World, models: Path, state: Path, **more) -> Settings:
 
 @contextlib.contextmanager
 def borrowed_bot(world: World, settings: Settings) -> Iterator[tuple[Bot, Queue[Event]]]:
-    """The real bot with everything it has, but its clock is the shared one; sockets keep the real one for their life signs."""
+    """The real bot with everything it has, but its clock is the shared one; sockets keep a clock of their own for their life signs."""
     def senses(monotonic, now, chance, sleep):
-        return Senses(time.monotonic, now, chance, sleep)
+        return Senses(lambda: HASTE * time.monotonic(), now, chance, sleep)
 
     borrowed = SimpleNamespace(monotonic=lambda: float(world.clock[0]), time=lambda: FIRST + float(world.clock[0]), sleep=time.sleep)
     with patch.multiple(launch, timer=borrowed, Queue=lambda: Borrowed(world), Senses=senses), launch.aboard(settings) as (bot, events):

@@ -2,26 +2,41 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import re
+import subprocess
+import sys
 import threading
 import time
+import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial, wraps
 from pathlib import Path
+from random import Random
 from tempfile import TemporaryDirectory
 from unittest.mock import patch
 
+import httpx
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.borrowed import World, borrowed_bot, borrowed_data, borrowed_exchange, borrowed_setup, settings_for, willing_models
+from benchmarks.borrowed import World, borrowed_bot, borrowed_exchange, borrowed_setup, prepared, settings_for
 from benchmarks.load import drive, post, running
+from delta_go.config import Settings
+from delta_go.domain import RetryError
 from delta_go.learning.strategies import StrategySettings
 from delta_go.live import executor, flight, stream
 from delta_go.live.bot import Bot, run
+from delta_go.live.faults import Rule, Script
+from delta_go.live.journal import entry_of, read_journal
 from delta_go.live.stream import open_socket
+from delta_go.market.candles import step_of
 from delta_go.serving.client import regime_question, trade_question
+from delta_go.trading.intents import Entry
 from delta_go.trading.pilot import look
+from delta_go.trading.risk import DAY
 
 EAGER = StrategySettings(min_confidence=0.2, min_target_bps=1.0, trend_bars=1, edge_bars=1, breakout_bars=1, scalp=True, scalp_bars=1, edge_share=0.5, edge_rsi=70.0, trend_rsi=90.0)
 PARTS = ("other symbols' candles", "window fetch", "funding fetch", "hmm-detector", "trade-predictor", "wallet", "journal", "orders before it", "questions", "order signed", "our own code")
@@ -123,25 +138,14 @@ def quantile(values: list[float], share: float) -> float:
     return sorted(values)[min(int(share * len(values)), len(values) - 1)] if values else float("nan")
 
 
-def stop_after(world: World, enough: Callable[[], bool]) -> None:
-    """Let the bot drain once it has done enough."""
-    move = world.move
-
-    def moved() -> None:
-        if world.bot is not None and enough():
-            world.bot.asked = "enough"
-        move()
-    world.move = moved
-
-
 def fly_for_entries(home: Path, entries: int) -> tuple[Stopwatch, dict[str, tuple[float, float]]]:
     """So many entries of the real bot, both services over HTTP; and each service's own p50 and p99 on one kept connection."""
-    models, data, watch = willing_models(home / "models", "5m"), borrowed_data(home / "data", "5m", 2_500), Stopwatch()
+    (models, data), watch = prepared(home, "5m", 2_500), Stopwatch()
     with running("hmm-detector", models) as detector, running("trade-predictor", models) as predictor, borrowed_exchange(borrowed_setup(data, "5m"), home) as world:
         world.note = watch.note
         settings = settings_for(world, models, home / "state", detector=f"http://127.0.0.1:{detector.port}", predictor=f"http://127.0.0.1:{predictor.port}")
         with patch.object(stream, "open_socket", watch.socket), borrowed_bot(world, settings) as (bot, events), watched(bot, watch):
-            stop_after(world, lambda: len(watch.entries) >= entries)
+            world.watch = lambda: len(watch.entries) >= entries
             run(bot, events)
         own = {}
         for name, service, path in (("hmm-detector", detector, "/detect_regime"), ("trade-predictor", predictor, "/predict_trade?explain=0")):
@@ -175,9 +179,124 @@ def latency(entries: int = 200) -> None:
     console.print(f"p99 is {quantile(totals, 0.99) / both:.1f} times the two services' own p99 together ({both * 1e3:.1f} ms); of first entries {quantile(list(firsts.values()), 0.99) / both:.1f} times, p50 {quantile(totals, 0.5) / both:.1f} times")
 
 
+def trouble(seed: int, seconds: float) -> Script:
+    """Everything that goes wrong in a week, and each restart of the exchange with its auction."""
+    rules = [Rule("reply_lost", "POST /v2/orders", 0.15), Rule("lost", "*", 0.004), Rule("status", "*", 0.006, status=503), Rule("status", "*", 0.002, status=429, seconds=4.0),
+             Rule("status", "POST /v2/orders", 0.05, status=502), Rule("garbage", "GET *", 0.003), Rule("slow", "*", 0.002, seconds=0.2), Rule("duplicated", "POST /v2/orders", 0.03),
+             Rule("gap", "orders", 0.03), Rule("gap", "v2/user_trades", 0.05), Rule("repeated", "v2/user_trades", 0.05), Rule("gap", "candlestick_*", 0.01),
+             Rule("disconnect", "candlestick_*", 0.0008), Rule("disconnect", "orders", 0.02), Rule("skew", start=seconds * 0.6, seconds=1_200.0, by=10.0)]
+    return Script((*rules, *(Rule("down", start=seconds * part, seconds=300.0, auction=300.0) for part in (0.2, 0.45, 0.8))), seed)
+
+
+@dataclass
+class Body:
+    """What the process holds on to."""
+    resident: float   # MB
+    files: int        # open descriptors
+    threads: int
+
+
+def body_of(pid: int) -> Body:
+    """As the kernel sees it."""
+    told = Path(f"/proc/{pid}/status").read_text()
+    number = {name: int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in told.splitlines()) if name in ("VmRSS", "Threads")}
+    return Body(number["VmRSS"] / 1024, len(os.listdir(f"/proc/{pid}/fd")), number["Threads"])
+
+
+@dataclass
+class Log:
+    """What is noted of a long flight."""
+    bodies: list[Body] = field(default_factory=list)     # after each close
+    told: Counter[str] = field(default_factory=Counter)  # to a person
+    failed: list[str] = field(default_factory=list)      # exceptions that nobody caught
+    boots: int = 0
+
+
+def fly_on(world: World, settings: Settings, log: Log, closes: int) -> None:
+    """One life of the bot, until it has seen so many closes in all."""
+    log.boots += 1
+    with borrowed_bot(world, settings) as (bot, events):
+        seen, tell = bot.flight.log.last_close, bot._tell
+
+        def enough() -> bool:
+            nonlocal seen
+            if bot.flight.log.last_close != seen and bot.flight.log.last_close:
+                seen = bot.flight.log.last_close
+                log.bodies.append(body_of(os.getpid()))
+            return len(log.bodies) >= closes
+
+        def told(words: str, urgent: bool) -> None:
+            log.told[re.sub(r"[\d.]+", "#", words)] += 1
+            tell(words, urgent)
+        bot._tell = told
+        with patch.object(world, "watch", enough):
+            run(bot, events)
+
+
+def fly_through(world: World, settings: Settings, stops: list[int]) -> Log:
+    """Life after life, each until its close; a start that fails is tried again."""
+    log = Log()
+    with patch.object(threading, "excepthook", lambda told: log.failed.append(repr(told.exc_value))):
+        while stops:
+            try:
+                fly_on(world, settings, log, stops[0])
+            except RetryError as error:
+                log.told[f"start again: {error}"] += 1
+            except Exception:
+                log.failed.append(traceback.format_exc())
+                if len(log.failed) > 20:
+                    break
+            stops = [stop for stop in stops if stop > len(log.bodies)]
+            world.pass_by(20)
+    return log
+
+
+def soak(resolution: str, days: float = 7.0, seed: int = 1, restarts: int = 7) -> None:
+    """One bot process through days of faults and restarts, in borrowed time."""
+    step, began = step_of(resolution), time.perf_counter()
+    wanted = int(days * DAY) // step
+    stops = [*sorted(Random(seed).sample(range(5, wanted - 5), restarts)), wanted - 2]
+    with TemporaryDirectory() as place:
+        home = Path(place)
+        models, data = prepared(home, resolution, wanted + 300)
+        with borrowed_exchange(borrowed_setup(data, resolution, script=trouble(seed, days * DAY)), home) as world:
+            log = fly_through(world, settings_for(world, models, home / "state"), stops)
+            state = httpx.get(f"{world.url}/emulator/state", trust_env=False, timeout=30).json()
+        entries = [entry_of(row) for row in read_journal(home / "state" / "testnet" / "journal.db")]
+        size = sum(path.stat().st_size for path in (home / "state" / "testnet").glob("journal.db*")) / 2**20
+    show_soak(f"{days:g} days of {resolution} bars, in borrowed time", log, entries, size, days, time.perf_counter() - began, state)
+
+
+def show_soak(title: str, log: Log, entries: list[Entry], size: float, days: float, seconds: float, state: dict) -> None:
+    """What a long flight has shown."""
+    account = next(iter(state["accounts"].values()))
+    kinds, warm, last = Counter(entry.kind for entry in entries), log.bodies[len(log.bodies) // 6], log.bodies[-1]
+    table = Table("what", "", title=f"{title}: {seconds:.0f} s", title_justify="left", show_header=False)
+    for what, value in {
+        "closes decided": f"{len(log.bodies):,}", "trades": f"{len(account['trades']):,}", "starts of the bot": f"{log.boots}",
+        "exceptions nobody caught": f"{len(log.failed)}", "orders with one name": f"{sum(len(numbers) > 1 for numbers in account['by_client_order_id'].values())}",
+        "longest without a stop": f"{max((cover['longest'] for cover in account['naked_seconds'].values()), default=0):.1f} s of the exchange",
+        "faults": ", ".join(f"{count} {kind}" for kind, count in Counter(kind for kind, _ in state["faults"]).most_common()),
+        "resident": f"{warm.resident:.1f} MB after a sixth, {last.resident:.1f} MB at the end", "open files": f"{warm.files}, then {last.files}; most {max(body.files for body in log.bodies)}",
+        "threads": f"{warm.threads}, then {last.threads}; most {max(body.threads for body in log.bodies)}",
+        "journal": f"{len(entries):,} rows ({', '.join(f'{count:,} {kind}' for kind, count in kinds.most_common())}), {size:.2f} MB, {size / days:.2f} MB a day",
+    }.items():
+        table.add_row(what, value)
+    console = Console(width=118)
+    console.print(table)
+    for words, count in log.told.most_common(12):
+        console.print(f"  told {count} times: {words}", highlight=False)
+    for words in log.failed[:3]:
+        console.print(words, highlight=False)
+
+
 def main() -> None:
-    """All of it."""
+    """All of it; `soak 5m 7` flies one of the long flights only."""
+    if sys.argv[1:2] == ["soak"]:
+        return soak(sys.argv[2], float(sys.argv[3]), *map(int, sys.argv[4:]))
     latency()
+    for resolution in ("1h", "15m"):
+        subprocess.run([sys.executable, "-m", "benchmarks.bot", "soak", resolution, "7"], check=True)
 
 
 if __name__ == "__main__":
