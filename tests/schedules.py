@@ -2,6 +2,7 @@
 
     python -m tests.schedules --seeds 1000000     # what a night is for
     python -m tests.schedules --first 4711 --seeds 1 --log
+    python -m tests.schedules --switch            # somebody pulls the kill switch at any moment
 
 A seed decides everything: which answers the exchange gives where its documents are silent (P1 to P12), which requests are lost, late or answered
 with an error, when the process dies, what the market does. The same seed gives the same log, byte for byte. The model keeps its own accounts, and
@@ -64,6 +65,7 @@ SYMBOLS = ("BTCUSD", "ETHUSD")
 PRICE = {"BTCUSD": Decimal(60_000), "ETHUSD": Decimal(3_000)}
 RULES = Rules({"BTCUSD": Decimal("0.001"), "ETHUSD": Decimal("0.01")}, {"BTCUSD": 12, "ETHUSD": 12}, Decimal(1_000), entries_a_minute=5)
 BUSY, QUIET = 45 * SECOND, 38 * SECOND  # a schedule has faults in the first part and none in the second
+PROMISED = 10 * SECOND                  # from the kill switch to flat and order-free, counted the same way
 NAKED = 5 * SECOND                      # how long a position may lie without a stop, while calls are answered and answers are fresh
 
 
@@ -155,6 +157,8 @@ class Exchange:
         self.listeners: list[Callable[[Order | Fill], None]] = []
         self.naked_since: dict[str, int] = {}
         self.naked_longest = 0   # while something could be done about it
+        self.pulled = 0          # when somebody pulled the kill switch
+        self.clean_since = 0     # from then on: since when nothing is held and nothing rests, 0 if something does
         self.outages: list[tuple[int, int]] = []   # nothing gets through
         self.absences: list[tuple[int, int]] = []  # nobody is there
         self.on_accept: Callable[[OrderRequest], None] = lambda request: None
@@ -179,6 +183,8 @@ class Exchange:
 
     def _watch(self, symbol: str) -> None:
         size = self.size(symbol)
+        if self.pulled:
+            self.look_whether_clean()
         covered = any((stop := self.order(leg)).live and stop.stop_order_type == "stop_loss_order" and stop.unfilled_size >= abs(size)
                       and (stop.side == "sell") == (size > 0) for leg in self.legs[symbol])
         if size and not covered:
@@ -186,6 +192,11 @@ class Exchange:
         elif symbol in self.naked_since:
             self.look_again()
             del self.naked_since[symbol]
+
+    def look_whether_clean(self) -> None:
+        """Once the switch is pulled."""
+        clean = not any(self.size(symbol) or self.live(symbol) for symbol in SYMBOLS)
+        self.clean_since = (self.clean_since or self.world.now) if clean else 0
 
     def unreachable(self, start: int, end: int) -> int:
         """Time in which nobody could have done anything: outages, nobody there, calls that failed."""
@@ -482,6 +493,7 @@ class Bot:
     error: int = 0                        # of its idea of the exchange's time
     steps: int = 0
     ended: dict[str, str] = field(default_factory=dict)
+    pull_at: int = 0                      # the step after which somebody pulls the kill switch; 0: nobody
 
     def __post_init__(self) -> None:
         chance = self.world.chance
@@ -536,6 +548,8 @@ class Bot:
             if self._boundary in self._deaths and self.world.busy:
                 return self._fall(effect)
             self._do(effect, life)
+        if self.steps == self.pull_at:
+            self.world.after(0, kill_switch, self.world, self)
         self._set_alarm()
 
     def _fall(self, effect: Effect) -> None:
@@ -585,7 +599,7 @@ class Bot:
             self.world.at(at, self._ring, self.life, at)
 
     def _ring(self, life: int, at: int) -> None:
-        if at == self._tick_at:
+        if life == self.life and at == self._tick_at:
             self._tick_at = 0
             self.hear(Tick(), life)
 
@@ -665,8 +679,8 @@ def restore_clock(bot: Bot, life: int, jump: int) -> None:
         bot.hear(Clock(True), life)
 
 
-def play(seed: int, plants: frozenset[str] = frozenset(), log: bool = False, journal: Any = None) -> tuple[World, Exchange, Bot]:
-    """A whole schedule."""
+def play(seed: int, plants: frozenset[str] = frozenset(), log: bool = False, journal: Any = None, switch: bool = False) -> tuple[World, Exchange, Bot]:
+    """A whole schedule; with `switch` somebody pulls the kill switch for certain, after any step."""
     world = World(seed, log)
     exchange = Exchange(world, switches_of(seed))
     bot = Bot(world, exchange, Network(world, exchange), journal or MemoryJournal(), plants)
@@ -680,8 +694,9 @@ def play(seed: int, plants: frozenset[str] = frozenset(), log: bool = False, jou
         world.after(chance.uniform(5, 43), exchange.deadman)
     if chance.random() < 0.15:
         world.after(chance.uniform(5, 39), disturb_clock, world, bot)
-    if kill := chance.random() < 0.2:
-        world.after(chance.uniform(5, 43), kill_switch, world, bot)
+    if kill := chance.random() < 0.2 or switch:
+        bot.pull_at = random.Random(~seed).randint(1, 250) if switch else 0
+        world.after(43 if switch else chance.uniform(5, 43), kill_switch, world, bot)
     world.run(start + BUSY + QUIET // 4)
     while world.now < start + BUSY + QUIET and not settled(exchange, bot, kill):
         world.run(world.now + 4 * SECOND)
@@ -701,6 +716,10 @@ def settled(exchange: Exchange, bot: Bot, kill: bool) -> bool:
 
 def kill_switch(world: World, bot: Bot) -> None:
     """A person pulls the switch, and insists."""
+    exchange = bot.exchange
+    if not exchange.pulled:
+        exchange.pulled = world.now
+        exchange.look_whether_clean()
     if bot.state is None:
         return world.after(1, kill_switch, world, bot)
     bot.hear(Stop("the switch", flatten=True), bot.life)
@@ -740,10 +759,18 @@ def judge(world: World, exchange: Exchange, bot: Bot, kill: bool) -> None:
     if kill:
         faults += [f"{symbol} is not flat and order-free after the switch" for symbol in SYMBOLS if exchange.size(symbol) or exchange.live(symbol)]
         faults += ["the switch did not latch"] * (not books.halted)
+        if (took := flattened_in(exchange)) > PROMISED:
+            faults.append(f"flat and order-free only after {took / SECOND:.1f} s")
     elif books.halted:
         faults.append(f"halted: {books.halted}")
     if exchange.naked_longest > NAKED + (15 * SECOND if exchange.switches.lag else 0):  # what an old listing shows is not known to be missing
         faults.append(f"no stop for {exchange.naked_longest / SECOND:.1f} s")
+
+
+def flattened_in(exchange: Exchange) -> int:
+    """From the switch to the last moment at which anything was held or rested, without the time in which nobody could have done anything."""
+    end = exchange.clean_since or exchange.world.now
+    return end - exchange.pulled - exchange.unreachable(exchange.pulled, end)
 
 
 def _rests(exchange: Exchange, name: str) -> bool:
@@ -751,9 +778,9 @@ def _rests(exchange: Exchange, name: str) -> bool:
     return any(exchange.order(order_id).live and exchange.order(order_id).order_type == "limit_order" for order_id in exchange.named.get(name, ()))
 
 
-def digest(seed: int, plants: frozenset[str] = frozenset()) -> tuple[str, int]:
+def digest(seed: int, plants: frozenset[str] = frozenset(), switch: bool = False) -> tuple[str, int]:
     """The hash of everything that happened, and the number of lines."""
-    world, _, bot = play(seed, plants, log=True)
+    world, _, bot = play(seed, plants, log=True, switch=switch)
     lines = world.log or []
     return hashlib.sha256("\n".join([*lines, *bot.faults]).encode()).hexdigest(), len(lines)
 
@@ -919,14 +946,14 @@ def caught(name: str, seeds: Iterable[int]) -> tuple[int, str] | None:
 
 # ---------------------------------------------------------------- many
 
-def play_many(seeds: range) -> dict[str, Any]:
+def play_many(seeds: range, switch: bool = False) -> dict[str, Any]:
     """Faults by seed, and what the schedules held."""
     found, counts = {}, Counter[str]()
     gc.collect()
     gc.disable()  # a schedule makes much that lives shortly, and few cycles
     for seed in seeds:
         try:
-            _, exchange, bot = play(seed)
+            _, exchange, bot = play(seed, switch=switch)
             faults = bot.faults
             counts["starts"] += len([row for row in bot.journal.rows if row.kind == "lease"])
             counts["rows"] += len(bot.journal.rows)
@@ -941,13 +968,13 @@ def play_many(seeds: range) -> dict[str, Any]:
     return {"seeds": len(seeds), "faults": found, "counts": counts}
 
 
-def play_all(first: int, seeds: int, processes: int | None = None, each: Callable[[dict[str, Any]], None] = lambda part: None) -> dict[str, Any]:
+def play_all(first: int, seeds: int, processes: int | None = None, each: Callable[[dict[str, Any]], None] = lambda part: None, switch: bool = False) -> dict[str, Any]:
     """Many seeds on all processors."""
     chunk = max(1, min(250, seeds // 8))
     parts = [range(start, min(start + chunk, first + seeds)) for start in range(first, first + seeds, chunk)]
     total: dict[str, Any] = {"seeds": 0, "faults": {}, "counts": Counter()}
     with multiprocessing.get_context("fork").Pool(processes or os.cpu_count()) as pool:
-        for part in pool.imap(play_many, parts):
+        for part in pool.imap(partial(play_many, switch=switch), parts):
             total["seeds"] += part["seeds"]
             total["faults"] |= part["faults"]
             total["counts"] += part["counts"]
@@ -962,6 +989,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--first", type=int, default=0, help="the first one")
     parser.add_argument("--plant", choices=sorted(PLANTS), help="with one fault planted: how soon is it found?")
     parser.add_argument("--naive", action="store_true", help="the client that tries again")
+    parser.add_argument("--switch", action="store_true", help="somebody pulls the kill switch, after any step")
     parser.add_argument("--log", action="store_true", help="print everything that happens")
     chosen = parser.parse_args(arguments)
     seeds, began = range(chosen.first, chosen.first + chosen.seeds), time.monotonic()
@@ -974,17 +1002,17 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     if chosen.log:
         for seed in seeds:
-            world, _, bot = play(seed, log=True)
-            print(f"seed {seed} {switches_of(seed)}", *(world.log or []), *bot.faults, f"sha256 {digest(seed)[0]}", sep="\n")
+            world, _, bot = play(seed, log=True, switch=chosen.switch)
+            print(f"seed {seed} {switches_of(seed)}", *(world.log or []), *bot.faults, f"sha256 {digest(seed, switch=chosen.switch)[0]}", sep="\n")
         return 0
     def show(total: dict[str, Any]) -> None:
         if sys.stderr.isatty():
             print(f"\r{total['seeds']:,} of {chosen.seeds:,}, {len(total['faults'])} wrong", end="", file=sys.stderr, flush=True)
-    total = play_all(chosen.first, chosen.seeds, each=show)
+    total = play_all(chosen.first, chosen.seeds, each=show, switch=chosen.switch)
     print(f"\n{total['seeds']:,} schedules in {time.monotonic() - began:.0f} s, {COMBINATIONS:,} combinations of P1 to P12: {len(total['faults'])} wrong")
     print(", ".join(f"{count:,} {name}" for name, count in sorted(total["counts"].items())))
     for seed, faults in list(total["faults"].items())[:20]:
-        print(f"  seed {seed}: {'; '.join(faults[:3])}   (python -m tests.schedules --first {seed} --seeds 1 --log)")
+        print(f"  seed {seed}: {'; '.join(faults[:3])}   (python -m tests.schedules --first {seed} --seeds 1 --log{' --switch' * chosen.switch})")
     return 1 if total["faults"] else 0
 
 

@@ -19,6 +19,17 @@ def test_ten_thousand_schedules():
     assert counts["orders filled"] > 20_000 and counts["orders never_arrived"] > 5_000 and counts["starts"] > 15_000
 
 
+def test_the_kill_switch_at_any_step():
+    """Flat and order-free within ten seconds in which the exchange could be reached, latched through every death."""
+    total = play_all(0, 2_500, switch=True)
+    assert total["seeds"] == 2_500 and total["faults"] == {}
+
+
+@pytest.mark.slow
+def test_the_kill_switch_in_ten_thousand_schedules():
+    assert play_all(2_500, 10_000, switch=True)["faults"] == {}
+
+
 @pytest.mark.slow
 def test_a_hundred_thousand_more():
     assert play_all(10_000, 100_000)["faults"] == {}
