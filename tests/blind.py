@@ -4,14 +4,12 @@ from __future__ import annotations
 import contextlib
 import http.server
 import json
-import os
 import signal
-import socket
-import socketserver
 import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -24,7 +22,7 @@ from delta_go.live.journal import entry_of, read_journal
 from delta_go.live.pace import FIRST_USER, Emulator, Recorded
 from delta_go.live.status import Status, read_status
 from delta_go.trading.intents import Entry
-from tests.whole import environment, wait_for
+from tests.whole import environment
 
 # The same models, but every bar is a signal, and what it opens is left after one or two bars.
 EAGER = """
@@ -175,7 +173,9 @@ _log_in, _hear = channels._log_in, channels.hear
 
 
 def _strict(desk: Any, *given: Any) -> dict[str, Any]:
-    return {"type": "key-auth", "success": False, "status_code": 401, "status": "invalid_signature"} if id(desk) in REFUSING else _log_in(desk, *given)
+    if id(desk) not in REFUSING:
+        return _log_in(desk, *given)
+    return {"type": "key-auth", "success": False, "status_code": 401, "status": f"invalid_signature for {' and '.join(desk.keys)}"}  # a server that repeats what it was told
 
 
 def _deaf(desk: Any, *given: Any) -> list[tuple[str, dict[str, Any]]]:
@@ -215,7 +215,7 @@ class Mangler:
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
 
     def turn(self, mode: str) -> None:
-        """Behave like this from now on: good, down, garbage, slow, others."""
+        """Behave like this from now on: good, down, garbage, slow, others, echo."""
         before, self.mode = self.mode, mode
         if mode == "down":
             self._server.shutdown()
@@ -234,6 +234,8 @@ class Mangler:
         if self.mode == "slow":
             time.sleep(20)
         status, said = (200, GARBAGE[self.asked % len(GARBAGE)]) if self.mode == "garbage" else self._forward(request, body)
+        if self.mode == "echo":
+            status, said = 400, json.dumps({"detail": f"bad key {request.headers['X-API-Key']}", "request_id": request.headers["X-API-Key"]}).encode()
         if self.mode == "others":
             answer = json.loads(said)
             said = json.dumps(answer | {"model_sha256": answer["model_sha256"][::-1]}).encode()
@@ -258,3 +260,24 @@ class Mangler:
         if self.mode != "down":
             self._server.shutdown()
             self._server.server_close()
+
+
+class Phone:
+    """Takes letters, and fails now and then."""
+    def __init__(self, letters: list[bytes]):
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                letters.append(self.rfile.read(int(self.headers["Content-Length"])))
+                self.send_error(500 if len(letters) == 2 else 200)
+
+            def log_message(self, *given: Any) -> None:
+                """Quiet."""
+
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.port = self._server.server_address[1]
+        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
+
+    def close(self) -> None:
+        """Stop."""
+        self._server.shutdown()
+        self._server.server_close()

@@ -1,13 +1,16 @@
 """Blind and broken: whatever fails around the bot, it begins nothing new, what it holds stays protected, and a person is told once."""
 from __future__ import annotations
 
+import base64
 import contextlib
+import json
 import os
 import re
 import subprocess
 import sys
-import threading
-import time
+import urllib.error
+import urllib.parse
+import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,11 +18,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.load import Running, running
+from benchmarks.load import Running, free_port, running
 from delta_go.live.emulator import running as emulated
 from delta_go.live.faults import Rule
 from delta_go.live.status import ask_kill
-from tests.blind import DEAF, EAGER, REFUSING, RUN, Ill, Mangler, Trial, inject, trial
+from tests.blind import DEAF, EAGER, REFUSING, RUN, Ill, Mangler, Phone, Trial, inject, trial
 from tests.whole import environment, minute_data, minute_market, minute_models, wait_for
 
 PATIENCE = 150.0  # seconds for anything to come about on a busy machine; nothing here is a promise about time
@@ -41,7 +44,7 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ground]:
     """Candles and models of a minute, and both services with a key."""
     home = tmp_path_factory.mktemp("blind")
     models, data = minute_models(home / "models"), minute_data(home / "data")
-    told = {"SERVICE_AUTH": "api_key", "SERVICE_API_KEYS": f"bot:{SERVICE_KEY}"}
+    told = {"SERVICE_AUTH": "api_key", "SERVICE_API_KEYS": f"bot:{SERVICE_KEY},spy:{PLANTED['DELTA_SERVICE_KEY']}"}
     with running("hmm-detector", models, environ=told) as detector, running("trade-predictor", models, environ=told) as predictor:
         yield Ground(data, models, home, detector, predictor)
 
@@ -124,8 +127,7 @@ def storm(ground: Ground, home: Path) -> None:
             inject(bot.exchange, Rule("status", on="* /v2/*", status=status, seconds=3.0))
             before = bot.held()
             with spell(bot, "exchange", "our orders were last read", over=lambda: inject(bot.exchange)):
-                close = bot.status().next_close + 65  # the next bar is over and could not be decided
-                until(lambda: bot.status().at > close, "a bar", bot)
+                wait_for(lambda: False, 12.0)  # more than a bar, and it cannot be decided
                 assert set(bot.held()) <= set(before) and not bot.naked()
         assert bot.end() == 0
 
@@ -288,9 +290,40 @@ def strange_key(ground: Ground, home: Path) -> None:
         assert bot.end() == 0
 
 
+def full_disk(ground: Ground, home: Path) -> None:
+    """Nothing more fits on the disk; it is made free, and only a restart trusts it again."""
+    home.mkdir(parents=True)
+    disk, filler = home / "disk", home / "disk" / "filler"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=9m", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("only root may mount a small disk")
+    try:
+        with trial(minute_market(ground.data), home / "bot", ground.models, DELTA_STATE_DIR=str(disk)) as bot:
+            well(bot)
+            with contextlib.suppress(OSError), filler.open("wb", 0) as file:
+                while file.write(bytes(4096)):
+                    pass
+            told = len(bot.messages())
+            until(lambda: "disk" in bot.causes() and bot.is_in("DEGRADED"), "DEGRADED because of the disk", bot)
+            entered, left = bot.entries(), set(bot.exits())
+            rows = len(bot.rows("refused"))
+            until(lambda: len(bot.rows("refused")) > rows and set(bot.exits()) > left, "a refused signal and an exit", bot)
+            filler.unlink()
+            rows = len(bot.rows("refused"))
+            until(lambda: len(bot.rows("refused")) > rows, "a refused signal although there is room", bot)
+            assert bot.entries() == entered and bot.longest_naked() <= 5 and not bot.naked()
+            assert pairs(bot.messages()[told:], "the disk is full") == (1, 0), bot.messages()[told:]
+            assert bot.end() == 0
+            bot.start()
+            well(bot)
+            assert bot.end() == 0
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=False)
+
+
 TRIALS: dict[str, Callable[[Ground, Path], None]] = {
     "500s and 429s": storm, "login refused": refused_login, "silent sockets": silent_sockets, "stale candles": stale_candles, "maintenance": closed_exchange, "restart": restarted_exchange,
-    "quota": scarce_quota, "our clock": jumping_clock, "their clock": leaping_exchange, "no key for the services": strange_key,
+    "quota": scarce_quota, "our clock": jumping_clock, "their clock": leaping_exchange, "no key for the services": strange_key, "disk full": full_disk,
     "services down": lambda ground, home: services(ground, home, "down", "no answer"), "services garbage": lambda ground, home: services(ground, home, "garbage", "expected"),
     "services slow": lambda ground, home: services(ground, home, "slow", "no answer"), "services of other models": lambda ground, home: services(ground, home, "others", "deploy both services")}
 
@@ -307,3 +340,108 @@ def flights(ground: Ground, request: pytest.FixtureRequest) -> Iterator[dict[str
 def test_blind(name: str, flights: dict[str, Future[None]]) -> None:
     """No entry, exits and stops still managed, one clear message; and well again afterwards."""
     flights[name].result()
+
+
+@pytest.mark.parametrize("wrong, cure", [({"DELTA_API_KEY": "a-key-of-the-other-place"}, "testnet keys do not work on production and the reverse, check DELTA_MODE and DELTA_API_KEY"),
+                                         ({"DELTA_API_SECRET": "another-secret"}, "check DELTA_API_SECRET"), ({"DELTA_API_SECRET": ""}, "make a key on the exchange's page")])
+def test_a_key_of_another_environment_ends_the_start(ground: Ground, tmp_path: Path, wrong: dict[str, str], cure: str) -> None:
+    """One line with the cure, exit code 2, nothing begun."""
+    with emulated(minute_market(ground.data)) as exchange:
+        done = subprocess.run([sys.executable, "-c", RUN, "bot"], env=environment(exchange.url, ground.models, tmp_path / "state", **wrong), capture_output=True, text=True, timeout=60)
+        assert done.returncode == 2 and not done.stdout
+        assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and cure in done.stderr
+        assert not any(account.orders for account in exchange.desk.exchange.accounts.values())
+        assert not list((tmp_path / "state").rglob("journal.db"))
+
+
+# Secrets --------------------------------------------------------------------------------------------------------------------
+
+PLANTED = {"DELTA_API_KEY": "Planted+Key/of=the-exchange&5821", "DELTA_API_SECRET": "Planted+Secret/of=the-exchange&7734", "DELTA_SERVICE_KEY": "Planted+Service/key=of-both&0123456789ab",
+           "DELTA_DASHBOARD_KEY": "Planted+Page/key=for-the-switch&0123456789"}
+TOKEN = "PlantedTokenOfThePhone4711"
+CRASH = """
+import gc, os
+from delta_go.live import bot as loop
+keep_time = loop.keep_time
+def stumble(bot):
+    if os.path.exists({flag!r}):
+        settings = [thing for thing in gc.get_objects() if type(thing).__module__.startswith("delta_go")]
+        raise RuntimeError("planted: " + repr(settings)[:2_000_000] + repr(bot.flight.executor.account) + repr(bot))
+    keep_time(bot)
+loop.keep_time = stumble
+"""
+
+
+def disguises(secret: str) -> set[bytes]:
+    """What a secret may look like: as it is, in an address, in JSON, as hexadecimal digits, in base64 at any place."""
+    plain = secret.encode()
+    shapes = {plain, plain[::-1], urllib.parse.quote(secret, safe="").encode(), urllib.parse.quote_plus(secret).encode(), urllib.parse.quote(secret).encode(), json.dumps(secret)[1:-1].encode(),
+              plain.hex().encode(), plain.hex().upper().encode(), secret.lower().encode(), secret.encode("utf-16-le"), secret.replace("/", "\\/").encode(), secret.replace("&", "&amp;").encode()}
+    for lead in range(3):
+        for alphabet in (None, b"-_"):
+            code = base64.b64encode(b"x" * lead + plain, alphabet)
+            shapes.add(code[(0, 2, 3)[lead]:-4])
+    return shapes
+
+
+def traces(text: bytes, where: str) -> list[str]:
+    """Which secrets show in a text."""
+    return [f"{name} in {where}: {text[max(0, at - 80):at + 40]!r}" for name, secret in [*PLANTED.items(), ("DELTA_NOTIFY", TOKEN)] for shape in disguises(secret) if (at := text.find(shape)) >= 0]
+
+
+def fetch(url: str, body: bytes | None = None, **headers: str) -> bytes:
+    """All that a server says, refusals too."""
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, body, headers), timeout=10) as reply:
+            return str(reply.headers).encode() + reply.read()
+    except urllib.error.HTTPError as error:
+        return str(error.headers).encode() + error.read()
+
+
+def test_a_secret_in_any_dress_is_found() -> None:
+    """The search would notice."""
+    for secret in PLANTED.values():
+        for dress in (secret, urllib.parse.quote(secret, safe=""), base64.b64encode(f"user:{secret}".encode()).decode(), secret.encode().hex(), json.dumps({"a": secret})):
+            assert traces(f"some {dress} text".encode(), "a text"), dress
+
+
+def test_secrets_stay_secret(ground: Ground, tmp_path: Path) -> None:
+    """Errors that echo keys, refused logins, a phone that fails, visitors with wrong keys, a crash that shows every object: no secret is in anything that anybody can read."""
+    letters, flag, port = list[bytes](), tmp_path / "stumble", free_port()
+    phone = Phone(letters)
+    first, second = Mangler(ground.detector.port), Mangler(ground.predictor.port)
+    told = {**PLANTED, "DELTA_NOTIFY": f"json://visitor:{TOKEN}@127.0.0.1:{phone.port}/{TOKEN}?+X-Token={TOKEN}", "DELTA_STATUS_PORT": str(port), "DELTA_SERVICE_AUTH": "api_key",
+            "HMM_ENDPOINT": first.url, "TRADE_PREDICTOR_ENDPOINT": second.url, "LOG_LEVEL": "DEBUG"}
+    setup = minute_market(ground.data, keys=((PLANTED["DELTA_API_KEY"], PLANTED["DELTA_API_SECRET"]),))
+    with contextlib.closing(phone), contextlib.closing(first), contextlib.closing(second), trial(setup, tmp_path / "bot", ground.models, CRASH.format(flag=str(flag)) + EAGER, **told) as bot:
+        def seen() -> list[str]:
+            page = f"http://127.0.0.1:{port}"
+            wrong = json.dumps({"key": "no key of this page at all 0123456789", "who": "x", "why": "y"}).encode()
+            answers = [fetch(page + path) for path in ("/", "/status.json", "/chart.json?symbol=BTCUSD", "/decisions.json", "/trades.json", "/metrics", "/health/ready", "/none", "/kill")]
+            answers += [fetch(page + "/kill", wrong, **{"Content-Type": "application/json"}), fetch(page + "/status.json", **{"X-API-Key": "wrong"})]
+            assert all(answers) and b"RUNNING" in b"".join(answers) + b"RUNNING"
+            title = b"".join(Path(f"/proc/{bot.process.pid}/{name}").read_bytes() for name in ("cmdline", "comm"))
+            return [found for number, answer in enumerate(answers) for found in traces(answer, f"page {number}")] + traces(title, "title")
+        well(bot)
+        found = seen()
+        for mode in ("echo", "garbage"):
+            first.turn(mode)
+            second.turn(mode)
+            until(lambda: "services" in bot.causes(), "silent services", bot)
+            found += seen()
+        first.turn("good")
+        second.turn("good")
+        REFUSING.add(id(bot.exchange.desk))
+        inject(bot.exchange, Rule("down", seconds=1.0))
+        until(lambda: "login refused" in bot.status().streams["private"], "a refused login", bot)
+        rows = len(bot.rows("decision"))
+        until(lambda: len(bot.rows("decision")) > rows, "a bar", bot)
+        found += seen()
+        flag.touch()
+        assert bot.process.wait(60) == 1
+        assert b"planted: " in bot.log.read_bytes()
+        files = [path for path in tmp_path.rglob("*") if path.is_file() and path != flag]
+        assert len(files) > 5 and letters
+        found += [trace for path in files for trace in traces(path.read_bytes(), path.name)] + [trace for path in tmp_path.rglob("*") for trace in traces(str(path).encode(), "a name")]
+        found += [trace for letter in letters for trace in traces(letter, "a letter")]
+    assert not found, "\n".join(found)

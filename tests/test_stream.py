@@ -454,12 +454,12 @@ def test_silence_is_a_gap_and_noise_without_heartbeats_is_silence(listen):
 def test_a_refused_login_is_told_once_with_its_reason_and_tried_again(listen):
     def scene(theatre, connection):
         theatre.read(connection, 2)
-        say(connection, {"type": "key-auth", "success": False, "status_code": 404, "status": "api_key_not_found"})
+        say(connection, {"type": "key-auth", "success": False, "status_code": 404, "status": f"api_key_not_found {KEY}"})
         idle(theatre, connection)
     theatre = Theatre(scene, scene)
     events, _ = listen(theatre, speed=50.0)
     gap, live = take(events, 2)
-    assert gap == Gap("private", "login refused: api_key_not_found (404)") and live == Live("private") and len(theatre.opened) == 3
+    assert gap == Gap("private", "login refused: api_key_not_found *** (404)") and live == Live("private") and len(theatre.opened) == 3
 
 
 def test_nobody_there_and_no_time_are_gaps(listen):
@@ -544,3 +544,11 @@ def test_words():
     assert channels("public", ["BTCUSD"], "1h", books=True)[-1] == {"name": "ob_updates", "symbols": ["BTCUSD"]}
     assert happening_in({"type": "error", "message": "Subscription forbidden: Invalid channel array"})[0] == "lost"
     assert refused_in({"type": "subscriptions"}) == []
+
+
+def test_a_new_reason_is_told_an_old_one_is_not():
+    line, doing = step_line(replace(Line(True), phase="live"), "lost", 0.0, 0.0, "connection lost")
+    assert "tell_gap" in doing
+    line, doing = step_line(line, "lost", 9.0, 0.0, "login refused")
+    assert "tell_gap" in doing
+    assert "tell_gap" not in step_line(line, "lost", 19.0, 0.0, "login refused")[1]

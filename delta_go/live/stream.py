@@ -111,7 +111,7 @@ def login(
     "The message that opens the private channels."
     return {"type": "key-auth", "payload": {"api-key": credentials.key, "timestamp": at, "signature": sign(credentials.secret, "GET", at, "/live")}}
 
-# %% ../../nbs/live/72_stream.ipynb #5e134196
+# %% ../../nbs/live/72_stream.ipynb #5f180d7f
 _QUIET = logging.getLogger("delta_go.live.stream.wire")
 _QUIET.addHandler(logging.NullHandler())
 _QUIET.propagate = False
@@ -127,8 +127,9 @@ def open_socket(
 
 class Socket:
     "A connection that is there or not."
-    def __init__(self) -> None:
+    def __init__(self, hide: Callable[[str], str] = str):  # takes secrets out of what is heard
         self._connection: ClientConnection | None = None
+        self._hide = hide
 
     @property
     def open(self) -> bool:
@@ -149,7 +150,7 @@ class Socket:
         "The next message, None if none came in so many seconds or it was not an object."
         try:
             text = self._connection.recv(timeout=timeout) if self._connection else None
-            message = json.loads(text) if isinstance(text, str) else None
+            message = json.loads(self._hide(text)) if isinstance(text, str) else None
         except (TimeoutError, ValueError, RecursionError):
             return None
         return message if isinstance(message, dict) else None
@@ -231,13 +232,13 @@ def refused_in(
     entries = message.get("channels") if message.get("type") == "subscriptions" else None
     return [f"{entry.get('name')}: {entry['error']}" for entry in entries or [] if isinstance(entry, dict) and entry.get("error")]
 
-# %% ../../nbs/live/72_stream.ipynb #2c8e3504
+# %% ../../nbs/live/72_stream.ipynb #bc80aa93
 class Stream:
     "One house of the exchange, heard in a thread."
     def __init__(self, to: Listening, senses: Senses, events: "Queue[Event]"):
         self._to, self._senses, self._events = to, senses, events
         self._feed, self.line = Feed(to.house, step_of(to.resolution), to.forming), Line(to.house == "private")
-        self._socket, self._renewed = Socket(), dict[tuple[str, str], float]()
+        self._socket, self._renewed = Socket(to.credentials.hide if to.credentials else str), dict[tuple[str, str], float]()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"{to.house} stream", daemon=True)
 

@@ -260,7 +260,7 @@ def read_balance(
     "One asset; Unreadable if the row contradicts itself."
     return reading("a balance", lambda: Balance(row["asset_symbol"], Decimal(row["balance"]), Decimal(row["available_balance"]), Decimal(row.get("blocked_margin") or 0)))
 
-# %% ../../nbs/trading/46_messages.ipynb #da1dda9b
+# %% ../../nbs/trading/46_messages.ipynb #bc8747f1
 Next = Literal["look_up", "flat", "synchronise", "stop", "drop"]
 _SAME = {"signature_expired": "expired_signature", "invalid_signature": "signature_mismatch", "ip_blocked_for_api_key": "ip_not_whitelisted_for_api_key",
          "ip_not_whitelisted": "ip_not_whitelisted_for_api_key", "api_key_not_found": "invalid_api_key"}
@@ -268,7 +268,7 @@ _MEANING: tuple[tuple[Next, str], ...] = (
     ("look_up", "open_order_not_found order_not_found order_already_filled stale_order no_orders bracket_order_position_exists position_bracket_exist_or_invalid_data"),
     ("flat", "no_position_for_reduce_only no_position_left_for_reduce_only no_open_position close_order_position_unavailable"),
     ("synchronise", "expired_signature"),
-    ("stop", "invalid_api_key signature_mismatch ip_not_whitelisted_for_api_key unauthorized_api_access unauthorized forbidden trading_blocked derivatives_trading_blocked kyc_pending"),
+    ("stop", "invalid_api_key signature_mismatch ip_not_whitelisted_for_api_key unauthorized_api_access unauthorized forbidden kyc_pending"),
 )
 _NEXT = {code: then for then, codes in _MEANING for code in codes.split()}
 
