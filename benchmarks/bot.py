@@ -1,8 +1,10 @@
 """The bot: from a candle's close to the entry order's first byte, seven days with faults and restarts, start-up and memory."""
 from __future__ import annotations
 
+import base64
 import contextlib
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -31,12 +33,15 @@ from delta_go.live import executor, flight, stream
 from delta_go.live.bot import Bot, run
 from delta_go.live.faults import Rule, Script
 from delta_go.live.journal import entry_of, read_journal
+from delta_go.live.pace import Setup
+from delta_go.live.rehearse import child, says_where
 from delta_go.live.stream import open_socket
 from delta_go.market.candles import step_of
 from delta_go.serving.client import regime_question, trade_question
 from delta_go.trading.intents import Entry
 from delta_go.trading.pilot import look
 from delta_go.trading.risk import DAY
+from tests import whole
 
 EAGER = StrategySettings(min_confidence=0.2, min_target_bps=1.0, trend_bars=1, edge_bars=1, breakout_bars=1, scalp=True, scalp_bars=1, edge_share=0.5, edge_rsi=70.0, trend_rsi=90.0)
 PARTS = ("other symbols' candles", "window fetch", "funding fetch", "hmm-detector", "trade-predictor", "wallet", "journal", "orders before it", "questions", "order signed", "our own code")
@@ -163,7 +168,7 @@ def latency(entries: int = 200) -> None:
     splits = [watch.split(*entry) for entry in told]
     totals = [left - watch.arrived[symbol, opened] for symbol, opened, left in told]
     firsts = {opened: left - watch.arrived[symbol, opened] for symbol, opened, left in reversed(told)}
-    table = Table("part", "p50", "p99", "of all time", title=f"from a candle's close on the socket to the first byte of its entry order: {len(told)} entries at {len(firsts)} closes of three symbols", title_justify="left")
+    table = Table("part", "p50", "p99", "of all time", title=f"from a candle's close on the socket to the first byte of its entry order: {len(told)} entries at {len(firsts)} closes of three symbols", title_justify="left", min_width=80)
     for part in PARTS:
         values = [split[part] for split in splits]
         table.add_row(part, *(f"{quantile(values, share) * 1e3:.2f} ms" for share in (0.5, 0.99)), f"{sum(values) / sum(totals):.0%}")
@@ -271,7 +276,7 @@ def show_soak(title: str, log: Log, entries: list[Entry], size: float, days: flo
     """What a long flight has shown."""
     account = next(iter(state["accounts"].values()))
     kinds, warm, last = Counter(entry.kind for entry in entries), log.bodies[len(log.bodies) // 6], log.bodies[-1]
-    table = Table("what", "", title=f"{title}: {seconds:.0f} s", title_justify="left", show_header=False)
+    table = Table("what", "", title=f"{title}: {seconds:.0f} s", title_justify="left", show_header=False, min_width=100)
     for what, value in {
         "closes decided": f"{len(log.bodies):,}", "trades": f"{len(account['trades']):,}", "starts of the bot": f"{log.boots}",
         "exceptions nobody caught": f"{len(log.failed)}", "orders with one name": f"{sum(len(numbers) > 1 for numbers in account['by_client_order_id'].values())}",
@@ -290,13 +295,86 @@ def show_soak(title: str, log: Log, entries: list[Entry], size: float, days: flo
         console.print(words, highlight=False)
 
 
+LOADS = "import sys; from delta_go import cli, config; from delta_go.live import launch; "
+UNWANTED = ("pandas", "scipy", "numba", "sklearn", "hmmlearn", "xgboost", "matplotlib", "pyarrow", "aiohttp", "apprise", "flask")
+
+
+def start_up(top: int = 10) -> None:
+    """What the bot's process loads before its first request, by package; best of three."""
+    best: dict[str, float] = {}
+    for _ in range(3):
+        told = subprocess.run([sys.executable, "-X", "importtime", "-c", LOADS], capture_output=True, text=True, check=True).stderr
+        spent: Counter[str] = Counter()
+        for own, name in re.findall(r"^import time:\s+(\d+) \|\s+\d+ \|\s+(\S+)$", told, re.M):
+            spent[name.split(".")[0]] += int(own)
+        best = {name: min(value, best.get(name, value)) for name, value in spent.items()}
+    code = LOADS + f"print([name for name in {UNWANTED} if name in sys.modules], len(sys.modules), open('/proc/self/status').read().split('VmRSS:')[1].split()[0])"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    table = Table("package", "import", title=f"what the bot loads: {sum(best.values()) / 1e3:.0f} ms of imports; heavy packages, modules and kB: {told}", title_justify="left", min_width=80)
+    for name, spent in sorted(best.items(), key=lambda item: -item[1])[:top]:
+        table.add_row(name, f"{spent / 1e3:.0f} ms")
+    Console(width=118).print(table)
+
+
+def real_loop(minutes: float, over_http: bool) -> None:
+    """The real process at six times the speed of the clock, minute bars: start-up, memory, files and what it said."""
+    with TemporaryDirectory() as place, contextlib.ExitStack() as stack:
+        home, began = Path(place), time.perf_counter()
+        models, data = prepared(home, "1m", 400 + int(minutes * 6))
+        told = {}
+        if over_http:
+            services = [stack.enter_context(running(name, models)) for name in ("hmm-detector", "trade-predictor")]
+            told = dict(zip(("HMM_ENDPOINT", "TRADE_PREDICTOR_ENDPOINT"), (f"http://127.0.0.1:{service.port}" for service in services)))
+        rules = (Rule("disconnect", "candlestick_*", 0.002), Rule("reply_lost", "POST /v2/orders", 0.2), Rule("status", "*", 0.01), Rule("gap", "orders", 0.05))
+        exchange = stack.enter_context(whole_exchange(whole.minute_market(data, script=Script(rules, 1))))
+        folder, began = home / "state" / "testnet", time.perf_counter()
+        process = whole.start(whole.environment(exchange, models, home / "state", **told), home / "log")
+        try:
+            ready = whole.wait_for(lambda: whole.state_in(folder) == "RUNNING", 60, 0.01)
+            first, bodies, end = time.perf_counter() - began, [], time.monotonic() + minutes * 60
+            while time.monotonic() < end and process.poll() is None:
+                time.sleep(1)
+                bodies.append(body_of(process.pid))
+        finally:
+            code = whole.end(process) if process.poll() is None else process.returncode
+        entries = [entry_of(row) for row in read_journal(folder / "journal.db")]
+        kinds, size = Counter(entry.kind for entry in entries), sum(path.stat().st_size for path in folder.glob("journal.db*")) / 2**20
+        words = (home / "log").read_text()
+    closes, warm, last = kinds["equity"], bodies[len(bodies) // 4], bodies[-1]
+    table = Table("what", "", title=f"the real process for {minutes:g} min at six times the clock, minute bars, models {'in two services' if over_http else 'in the process'}", title_justify="left", show_header=False, min_width=100)
+    for what, value in {
+        "running after": f"{first:.1f} s" if ready else "never", "exit code": str(code), "closes decided": f"{closes}", "entries": f"{kinds['intent']}", "tracebacks": str(words.count("Traceback")),
+        "resident": f"{warm.resident:.1f} MB after a quarter, {last.resident:.1f} MB at the end, {max(body.resident for body in bodies):.1f} MB at most",
+        "open files, threads": f"{warm.files}, {warm.threads}, then {last.files}, {last.threads}",
+        "journal": f"{len(entries)} rows, {size / max(closes, 1) * 1e3:.1f} kB a close",
+        "left of 1 GB": f"about {1024 - 150 - last.resident:.0f} MB beside 150 MB of a small system",
+    }.items():
+        table.add_row(what, value)
+    Console(width=118).print(table)
+
+
+@contextlib.contextmanager
+def whole_exchange(setup: Setup) -> Iterator[str]:
+    """An exchange in a process of its own that follows the real clock."""
+    code = "import base64, pickle, sys; from delta_go.live.emulator import serve; serve(pickle.loads(base64.b64decode(sys.argv[1])), lambda url: print(url, flush=True))"
+    with child(["-c", code, base64.b64encode(pickle.dumps(setup)).decode()], {}, says_where) as url:
+        yield url
+
+
 def main() -> None:
-    """All of it; `soak 5m 7` flies one of the long flights only."""
-    if sys.argv[1:2] == ["soak"]:
-        return soak(sys.argv[2], float(sys.argv[3]), *map(int, sys.argv[4:]))
-    latency()
-    for resolution in ("1h", "15m"):
-        subprocess.run([sys.executable, "-m", "benchmarks.bot", "soak", resolution, "7"], check=True)
+    """All of it, in about six minutes; `soak 5m 7` flies one of the long flights only, `latency`, `start`, `real 3` the other parts."""
+    match sys.argv[1:]:
+        case ["soak", resolution, days, *seed]:
+            soak(resolution, float(days), *map(int, seed))
+        case ["latency"]:
+            latency()
+        case ["start"]:
+            start_up()
+        case ["real", minutes, *where]:
+            real_loop(float(minutes), where != ["local"])
+        case _:
+            for words in (["start"], ["latency"], ["real", "1"], ["real", "0.5", "local"], ["soak", "1h", "7"], ["soak", "15m", "7"]):
+                subprocess.run([sys.executable, "-m", "benchmarks.bot", *words], check=True)
 
 
 if __name__ == "__main__":
