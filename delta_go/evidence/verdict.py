@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['NEVER_CHOSEN', 'LOOKED_BEFORE', 'COMPARED', 'record_of', 'regime_bars', 'family_of', 'Weighed', 'weigh',
-           'with_abstention', 'record_start', 'record_end', 'compare', 'replay']
+           'with_abstention', 'record_start', 'record_end', 'compare', 'replay', 'Played', 'window_of', 'play',
+           'draws_of']
 
-# %% ../../nbs/evidence/59_verdict.ipynb #fbd40834
-from collections.abc import Mapping, Sequence
+# %% ../../nbs/evidence/59_verdict.ipynb #bd8154fc
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,18 @@ from typing import Any
 import numpy as np
 
 from ..config import load_settings
-from ..domain import REGIMES
+from ..domain import REGIMES, InputError
 from .gate import Evidence, Thresholds, Verdict, gather_evidence, judge
-from .metrics import TrackRecord, ledger_columns, record_returns, return_moments, summarise_backtest
+from .metrics import DAY, TrackRecord, block_length, bootstrap_draws, ledger_columns, max_drawdown, record_returns, return_moments, summarise_backtest
 from .trials import count_trials, make_trial, read_trials, record_trials
-from .walk_forward import WalkForward
+from .report import date
+from .walk_forward import Scored, WalkForward, chosen_plan, glue_plans, score_plans
+from ..learning.features import WINDOW
 from ..learning.reading import read_market
-from ..learning.registry import load_models
+from ..learning.registry import LoadedModels, load_models
+from ..learning.training import TrainedModels
 from ..market.candles import Candles
-from ..market.load import load_market, parse_time
+from ..market.load import LoadedMarket, load_market, parse_time
 from ..market.venue import PRODUCTS, costs_from, find_product
 from ..trading.backtest import Backtest, build_tape, ledger_of, missing_funding, run_backtest
 from ..trading.plan import make_plan
@@ -143,3 +147,54 @@ def replay(
     result = run_backtest(tape, limits_from(account), costs_from(account), policy, account.starting_equity)
     figures = summarise_backtest(record_of(result, market.candles), None, loaded.manifest.verdict, regime_bars(result))
     return result, figures | {"missing_funding": missing_funding(result), "policy": policy, "model_version": loaded.manifest.version}
+
+# %% ../../nbs/evidence/59_verdict.ipynb #2275faf0
+@dataclass(frozen=True, slots=True)
+class Played:
+    "What a set did on bars it had not seen."
+    scored: Scored         # every signal whose end is known
+    taken: np.ndarray      # (k,) bool: the predictor permits it
+    days: np.ndarray       # (d,) since 1970
+    returns: np.ndarray    # (d,) fractions, breakers off
+    drawdown: float
+
+# %% ../../nbs/evidence/59_verdict.ipynb #40eab1e3
+def window_of(
+    candles: Candles,
+    start: int,  # seconds UTC
+) -> Candles:
+    "The bars that open from a moment on, after the window of the first."
+    return candles[max(0, int(np.searchsorted(candles.time, start)) - WINDOW + 1):]
+
+def play(
+    models: LoadedModels | TrainedModels,
+    market: LoadedMarket,
+    start: int,  # seconds UTC: bars that open from here on
+) -> Played:
+    "Read, propose and trade the bars after a moment; InputError where there are none."
+    account = load_settings()
+    costs = costs_from(account)
+    bars = {symbol: window_of(candles, start) for symbol, candles in market.candles.items() if symbol in models.regimes and candles.time[-1] >= start}
+    if not bars:
+        raise InputError(f"no bar after {date(start)}, the end of both trainings; train the candidate with an earlier --end, or bring newer candles")
+    payments = {symbol: market.payments(symbol) for symbol in bars}
+    readings = {symbol: read_market(bars[symbol], models.regimes[symbol], payments[symbol]) for symbol in bars}
+    plans = {symbol: make_plan(reading, models.predictor) for symbol, reading in readings.items()}
+    every, chosen = (glue_plans(bars, [{symbol: (readings[symbol].features.time, change(plan)) for symbol, plan in plans.items()}]) for change in (lambda plan: plan, chosen_plan))
+    scored = score_plans(bars, payments, every, costs)
+    tape = build_tape({symbol: bars[symbol] for symbol in chosen}, chosen, PRODUCTS, payments, start + 1)
+    record = record_of(run_backtest(tape, limits_from(account), costs, "signals", account.starting_equity), bars)
+    threshold = models.predictor.threshold
+    taken = scored.probability >= threshold if threshold is not None else np.zeros(len(scored.time), bool)
+    return Played(scored, taken, *record_returns(record), max_drawdown(record.equity, record.start_equity))
+
+# %% ../../nbs/evidence/59_verdict.ipynb #499a807f
+def draws_of(
+    scored: Scored,
+    values: np.ndarray,    # (k, C), one row a signal
+    statistic: Callable[[np.ndarray], np.ndarray],  # of sums over resampled days
+) -> np.ndarray:
+    "A statistic of the signals in relived histories."
+    day = scored.time // DAY - scored.time[0] // DAY
+    sums = np.column_stack([np.bincount(day, column) for column in values.T])
+    return bootstrap_draws(sums, statistic, max(block_length(sums[:, 0]), 3))
