@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['EXITS', 'Trip', 'price_of', 'Logbook', 'note_fill', 'read_on', 'Flight', 'last_price', 'marked_equity',
-           'positions_of', 'present_at', 'look_at_all', 'write_down', 'decide_bar', 'carry_out', 'note_payments',
-           'close_bar', 'decision_row', 'exit_reason', 'ledger_from']
+           'positions_of', 'present_at', 'pause', 'look_at_all', 'write_down', 'decide_bar', 'carry_out',
+           'note_payments', 'close_bar', 'decision_row', 'exit_reason', 'ledger_from']
 
-# %% ../../nbs/live/84_flight.ipynb #3f9e6a37
+# %% ../../nbs/live/84_flight.ipynb #9cdb2f24
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -23,7 +23,7 @@ from .account import balances, payments
 from .executor import Executor
 from ..market.candles import Candles
 from ..trading.decide import Position
-from ..trading.intents import FOREIGN, LEG, SECOND, Entry, Place
+from ..trading.intents import DENIED, FOREIGN, LEG, SECOND, Entry, Place
 from ..trading.ledger import settle
 from ..trading.messages import Answer
 from ..trading.pilot import Breakers, Seen, absent, decide_close, first_breakers, look, next_breakers, order_for, unadvised
@@ -56,7 +56,7 @@ def price_of(
         return float(fills[0]["price"])
     return float(sum(Decimal(fill["price"]) * fill["size"] for fill in fills) / sum(fill["size"] for fill in fills))
 
-# %% ../../nbs/live/84_flight.ipynb #ef13fc8f
+# %% ../../nbs/live/84_flight.ipynb #feb44ce9
 @dataclass(slots=True)
 class Logbook:
     "What the journal says so far."
@@ -102,6 +102,8 @@ def read_on(
             log.settled.add(body["reason"])
         elif entry.kind == "refused":
             log.settled.add(entry.key)
+        elif entry.kind == "outcome" and body["status"] in DENIED and log.intents[body["client_order_id"]]["reduce_only"]:
+            log.settled.discard(log.intents[body["client_order_id"]]["reason"])
         elif entry.kind == "fill" and body["owner"] != FOREIGN:
             note_fill(log, body)
         elif entry.kind == "payment":
@@ -162,13 +164,20 @@ def positions_of(
         held[symbol] = Position(trip.side, trip.open_size, int(((candles.time + candles.step) * SECOND > came).sum()), trip.decision["max_bars"])
     return held
 
-# %% ../../nbs/live/84_flight.ipynb #376035fc
+# %% ../../nbs/live/84_flight.ipynb #3512b21d
 def present_at(
     flight: Flight,
     opened: int,   # open of the bar that has just closed, seconds UTC
 ) -> list[str]:    # symbols
     "Whose bar has come."
     return [symbol for symbol, candles in flight.windows.items() if len(candles) and candles.time[-1] == opened]
+
+def pause(
+    flight: Flight,
+) -> None:
+    "SkipBar where something more urgent has come between."
+    if flight.interrupted():
+        raise SkipBar("something more urgent came between")
 
 def look_at_all(
     flight: Flight,
@@ -178,8 +187,7 @@ def look_at_all(
     "Every symbol; one whose data end here, or whose bar has not come, is only carried on."
     seen, flight.silent = [], {}
     for product in flight.products:
-        if flight.interrupted():
-            raise SkipBar("something more urgent came between")
+        pause(flight)
         symbol = product.symbol
         if symbol not in present_at(flight, opened) or symbol in ending:
             seen.append(absent(product, opened, last_price(flight, symbol)))
@@ -204,7 +212,7 @@ def write_down(
             raise
         hands.write(entries, hands.now_us(), True)
 
-# %% ../../nbs/live/84_flight.ipynb #9e63abb7
+# %% ../../nbs/live/84_flight.ipynb #e471bdbf
 def decide_bar(
     flight: Flight,
     opened: int,            # open of the bar that has just closed, seconds UTC
@@ -234,13 +242,13 @@ def carry_out(
         why = flight.barrier(decision.symbol) if decision.action == "enter" else "" if held else "nothing is held any more"
         if not why and (order := order_for(decision, held, "wish")):
             why = "; ".join(no.reason for no in flight.executor.handle(Place(order, Decimal(repr(last_price(flight, decision.symbol))), key)))
-        if why:
+        if why and (decision.action == "enter" or not held):
             refused[key] = why
             write_down(flight, [Entry("refused", key, {"symbol": decision.symbol, "time": opened, "reason": why})])
     read_on(log, flight.executor.entries)
     return refused
 
-# %% ../../nbs/live/84_flight.ipynb #bb7a0082
+# %% ../../nbs/live/84_flight.ipynb #cbc09bd3
 def note_payments(
     flight: Flight,
     opened: int,
@@ -268,7 +276,9 @@ def close_bar(
     "One turn; a bar that was decided before is not decided again."
     flight.catch_up()
     log = read_on(flight.log, flight.executor.entries)
-    flight.windows = {product.symbol: flight.window(product.symbol, opened) for product in flight.products}
+    for product in flight.products:
+        pause(flight)
+        flight.windows[product.symbol] = flight.window(product.symbol, opened)
     if log.last_close < opened + step:
         decide_bar(flight, opened, step, ending)
     refused = carry_out(flight, opened)

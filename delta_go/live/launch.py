@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PRODUCTION', 'TESTNET', 'SENTENCE', 'INSIST', 'Place', 'place_of', 'refusals', 'adviser_of', 'manifest_of',
-           'check_listings', 'use_leverage', 'claim', 'check_owner', 'secrets_of', 'board', 'steady', 'rules_of',
-           'on_paper', 'aboard', 'obeying', 'clear', 'fly']
+           'check_listings', 'use_leverage', 'claim', 'check_owner', 'secrets_of', 'board', 'check_held', 'steady',
+           'rules_of', 'on_paper', 'aboard', 'obeying', 'clear', 'fly']
 
-# %% ../../nbs/live/92_launch.ipynb #60b626dc
+# %% ../../nbs/live/92_launch.ipynb #03dbf610
 import contextlib
 import fcntl
 import hashlib
@@ -15,7 +15,7 @@ import logging
 import os
 import signal
 import time as timer
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import partial
@@ -44,7 +44,7 @@ from ..patience import Patience
 from ..serving.access import LOOPBACK
 from ..serving.client import ServiceAdviser, identity_token
 from ..serving.telemetry import configure_logging, register_secret
-from ..trading.intents import SECOND, Clear, Rules
+from ..trading.intents import SECOND, Clear, Rules, State
 from ..trading.messages import Accepted, Answer, Rejected
 from ..trading.news import Event
 from ..trading.risk import RiskLimits, check_leverage, limits_from
@@ -91,8 +91,8 @@ def refusals(
     ]
     return [words for fault, words in checks if fault]
 
-# %% ../../nbs/live/92_launch.ipynb #17dfc117
-INSIST = Patience(connect=1.5, answer=2.5, total=5.0, retries=1)
+# %% ../../nbs/live/92_launch.ipynb #dfee6420
+INSIST = Patience(connect=1.5, answer=2.0, total=4.0, retries=1)
 
 def adviser_of(
     settings: Settings,
@@ -162,7 +162,7 @@ def check_owner(
     if rows and (first := entry_of(rows[0]).body["holder"]) != owner:
         raise InputError(f"journal: it was begun by {first}, this is {owner}; choose another DELTA_STATE_DIR")
 
-# %% ../../nbs/live/92_launch.ipynb #ba0cc67b
+# %% ../../nbs/live/92_launch.ipynb #99b93e86
 def secrets_of(
     settings: Settings,
 ) -> tuple[str, ...]:
@@ -183,6 +183,16 @@ def board(
         raise RetryError(f"{place.rest}: {trouble}; start again")
     check_listings(account.listings, products)
     return account
+
+def check_held(
+    state: State,
+    symbols: Iterable[str],
+) -> None:
+    "InputError where something is held or ordered that nobody would look after."
+    books = state.books
+    strays = {symbol for symbol, size in books.held.items() if size} | {books.intents[name].symbol for name in books.live}
+    if strays := strays - set(symbols):
+        raise InputError(f"DELTA_SYMBOLS: {', '.join(sorted(strays))} is held or ordered and not among them; add it again, or close it at the exchange first")
 
 def steady(
     account: Account,
@@ -225,7 +235,7 @@ def on_paper(
         wire = "ws" + exchange.url.removeprefix("http")
         yield Place(exchange.url, f"{wire}/public", f"{wire}/private"), Credentials(*key)
 
-# %% ../../nbs/live/92_launch.ipynb #a9621444
+# %% ../../nbs/live/92_launch.ipynb #03a61353
 @contextlib.contextmanager
 def aboard(
     settings: Settings,
@@ -254,6 +264,7 @@ def aboard(
         journal, rows = open_journal(path, now_us(), owner, secrets)
         stack.callback(journal.close)
         executor = Executor(account, journal, rules_of(account, products, limits), rows, now_us)
+        check_held(executor.state, products)
         recent = Recent(stack.enter_context(open_client(place.rest)), manifest.resolution, lambda: now_us() / SECOND)
         flight = Flight(executor, adviser, list(products.values()), limits, lambda: None, recent.window, recent.funding)
         services = {"hmm-detector": settings.detector, "trade-predictor": settings.predictor} if settings.detector else {}
@@ -270,7 +281,7 @@ def aboard(
             stack.callback(start_in_thread(folder, port=settings.status_port, key=settings.dashboard_key.get_secret_value() or None).stop)
         yield bot, events
 
-# %% ../../nbs/live/92_launch.ipynb #173448df
+# %% ../../nbs/live/92_launch.ipynb #69c5771c
 @contextlib.contextmanager
 def obeying(
     bot: Bot,
@@ -313,7 +324,7 @@ def fly(
             clear(bot, cleared_by)
         try:
             run(bot, events, once)
-        except StopTrading as error:
-            bot.report(f"stopped: {error}", True)
+        except Exception as error:
+            bot.report(f"stopped: {error or type(error).__name__}", True)
             say(bot, "STOPPED")
             raise

@@ -6,7 +6,7 @@
 __all__ = ['SIGNATURE', 'GRAIN', 'SKEW', 'LAG', 'FENCE', 'DEFINITE', 'UNEXPLAINED', 'PATIENCE', 'LEFTOVER', 'PAUSE', 'LOOK_BACK',
            'step', 'recover', 'faults']
 
-# %% ../../nbs/live/76_orders.ipynb #00a54168
+# %% ../../nbs/live/76_orders.ipynb #de2fb7a0
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal
@@ -16,7 +16,7 @@ from .journal import Row, entry_of, order_name, read_order_name
 from ..trading.intents import DENIED, DOUBTFUL, EXCHANGE, FILLS, FINAL, FOREIGN, HISTORY, LEG, MANUAL, OPEN, PERIOD, SECOND
 from ..trading.intents import Answered, Ask, Books, Cancel, Clear, Clock, Effect, Entry, Event, Key, Kind, Place, Question, Record, Refused, Report, Rules, Send, SendResult, State, Status, Stop
 from ..trading.intents import broken_books, is_flat, marks_of, post, refusal
-from ..trading.messages import Accepted, CouldNotAsk, NotSent, Order, OrderRequest, Rejected, what_next
+from ..trading.messages import Accepted, CouldNotAsk, Fill, NotSent, Order, OrderRequest, Rejected, what_next
 from ..trading.news import FillSeen, Gap, OrderSeen, PositionSeen
 
 # %% ../../nbs/live/76_orders.ipynb #551cb1a0
@@ -136,30 +136,50 @@ def _close(turn: _Turn, name: str) -> None:
     if intent.filled > intent.request.size:
         turn.halt(f"order {name} filled {intent.filled} of {intent.request.size} contracts", flatten=True)
 
-# %% ../../nbs/live/76_orders.ipynb #dd072b02
-def _sort_fills(turn: _Turn) -> None:
-    "Write down the fills whose owner is known, each symbol's in the order of time."
-    state, left, waiting = turn.state, [], set()
-    for fill in sorted(state.loose, key=lambda fill: fill.time_us):
-        owner = state.books.owners.get(fill.order_id) or state.strangers.get(fill.order_id) or (EXCHANGE if fill.kind != "normal" else "")
-        if not owner or fill.symbol in waiting:
-            left.append(fill)
-            waiting.add(fill.symbol)
-            continue
-        signed, held = fill.size if fill.side == "buy" else -fill.size, state.books.held.get(fill.symbol, 0)
-        if owner == FOREIGN and signed * held < 0 and abs(signed) <= abs(held):
-            owner = MANUAL
-        turn.record("fill", fill.id, {"owner": owner, "order_id": fill.order_id, "symbol": fill.symbol, "side": fill.side, "size": fill.size, "price": str(fill.price),
-                                      "commission": None if fill.commission is None else str(fill.commission), "time_us": fill.time_us, "role": fill.role, "kind": fill.kind})
-        state.changed = {**state.changed, fill.symbol: turn.now}
-        turn.want(OPEN)
-        turn.want(("position", fill.symbol))
-        if owner in state.books.intents:
+# %% ../../nbs/live/76_orders.ipynb #1e975d61
+def _shares(turn: _Turn, fill: Fill, owner: str) -> list[tuple[str, str, int]] | None:
+    "Whose a fill is, in parts: key, owner, contracts; None while that cannot be told."
+    books = turn.state.books
+    if owner in books.intents:
+        return [(fill.id, owner, fill.size)]
+    held, signed = books.held.get(fill.symbol, 0), fill.size if fill.side == "buy" else -fill.size
+    ours = min(fill.size, abs(held)) if signed * held < 0 else 0
+    entering = any((intent := books.intents[name]).symbol == fill.symbol and not intent.request.reduce_only for name in books.live)
+    if owner != FOREIGN and ours < fill.size and entering:
+        return None
+    mine, theirs = (fill.id, MANUAL if owner == FOREIGN else owner, ours), (f"{fill.id}:rest" if ours else fill.id, FOREIGN, fill.size - ours)
+    return [part for part in (mine, theirs) if part[2]]
+
+def _note_fill(turn: _Turn, fill: Fill, parts: list[tuple[str, str, int]]) -> None:
+    for key, owner, size in parts:
+        commission = None if fill.commission is None or key != fill.id else str(fill.commission)
+        turn.record("fill", key, {"owner": owner, "order_id": fill.order_id, "symbol": fill.symbol, "side": fill.side, "size": size, "price": str(fill.price),
+                                  "commission": commission, "time_us": fill.time_us, "role": fill.role, "kind": fill.kind})
+        if owner in turn.state.books.intents:
             _close(turn, owner)
+    turn.state.changed = {**turn.state.changed, fill.symbol: turn.now}
+    turn.want(OPEN)
+    turn.want(("position", fill.symbol))
+
+def _sort_fills(turn: _Turn) -> None:
+    "Write down the fills whose owner is known, each symbol's in the order of time; a leg that came before its entry waits for it."
+    state, left, waiting = turn.state, [], set()
+    for fill in sorted(state.loose, key=lambda fill: (fill.time_us, fill.order_id not in state.books.owners)):
+        owner = state.books.owners.get(fill.order_id) or state.strangers.get(fill.order_id) or (EXCHANGE if fill.kind != "normal" else "")
+        parts = _shares(turn, fill, owner) if owner and fill.symbol not in waiting else None
+        if parts is None:
+            left.append(fill)
+            waiting |= set() if owner else {fill.symbol}
+        else:
+            _note_fill(turn, fill, parts)
+    again = len(left) < len(state.loose) and any(fill.symbol not in waiting for fill in left)
     state.loose = tuple(left)
+    if again:
+        return _sort_fills(turn)
     if left:
         turn.want(OPEN, turn.now + SECOND // 2)
         turn.want(HISTORY, turn.now + SECOND // 2)
+        turn.want(FILLS, turn.now + SECOND)
 
 # %% ../../nbs/live/76_orders.ipynb #bd846f32
 UNEXPLAINED = 60 * SECOND
@@ -276,7 +296,7 @@ def _conclude(turn: _Turn, name: str) -> None:
     if not missing and symbol not in state.odd and not any(fill.symbol == symbol for fill in state.loose):
         turn.settle(name, "never_arrived", detail="not found in any of three ways after its signature had died")
 
-# %% ../../nbs/live/76_orders.ipynb #832e2181
+# %% ../../nbs/live/76_orders.ipynb #cdaeb9b3
 PATIENCE, LEFTOVER, PAUSE = 3 * SECOND, 10 * SECOND, 2 * SECOND
 
 def _may(turn: _Turn, what: str, pause: int = PAUSE) -> bool:
@@ -299,7 +319,8 @@ def _flatten(turn: _Turn, symbol: str, reason: str) -> None:
         if order.symbol == symbol and not order.reduce_only and str(order.id) in state.books.owners:
             _cancel(turn, order)
     under_way = [intent for name in state.books.live if (intent := state.books.intents[name]).symbol == symbol and intent.request.reduce_only]
-    if held and all(turn.now - intent.made_us >= 2 * PAUSE for intent in under_way) and _may(turn, symbol):
+    gone = turn.now - state.odd.get(symbol, turn.now) >= LEFTOVER and state.positions.get(symbol, held) * held <= 0
+    if held and not gone and all(turn.now - intent.made_us >= 2 * PAUSE for intent in under_way) and _may(turn, symbol):
         exit_ = OrderRequest("exit", symbol, "sell" if held > 0 else "buy", abs(held), reduce_only=True)
         _send(turn, Place(exit_, marks_of(state.books).get(symbol, Decimal(0)), reason))
     elif under_way:

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['BRIEF', 'KEPT', 'joined', 'Recent']
 
-# %% ../../nbs/live/85_recent.ipynb #ae1ffd52
+# %% ../../nbs/live/85_recent.ipynb #7511d4a3
 from collections.abc import Callable
 
 import httpx
 import numpy as np
 
-from ..domain import RetryError
+from ..domain import InputError, RetryError
 from ..learning.features import WINDOW
 from ..learning.reading import NO_FUNDING
 from .exchange import candles_from, funding_from
@@ -31,7 +31,7 @@ def joined(
     columns = (np.concatenate([getattr(before, name), getattr(fresh, name)]) for name in COLUMNS)
     return Candles(fresh.symbol, fresh.step, *columns)
 
-# %% ../../nbs/live/85_recent.ipynb #f66866d4
+# %% ../../nbs/live/85_recent.ipynb #90ce3fe7
 BRIEF = Patience(connect=2.0, answer=3.0, total=5.0, retries=1)
 KEPT = WINDOW + 50
 
@@ -51,7 +51,7 @@ class Recent:
             first = int(kept.time[-1])
         try:
             fresh = candles_from(self._client, symbol, self._resolution, first, opened + self._step, self._now, BRIEF)
-        except RetryError:
+        except (RetryError, InputError):
             return kept if kept is not None else Candles(symbol, self._step, np.zeros(0, np.int64), *(np.zeros(0) for _ in range(5)))
         self._windows[symbol] = joined(kept, fresh)[-WINDOW:]
         return self._windows[symbol]
@@ -63,7 +63,7 @@ class Recent:
             try:
                 series = funding_from(self._client, symbol, opened - 3 * FUNDING_STEP, opened + 1, self._now, BRIEF)
                 times, rates = self._rates[symbol] = series.time, series.rate
-            except RetryError:
+            except (RetryError, InputError):
                 pass
         known = int(np.searchsorted(times, opened, "right"))
         return times[:known], rates[:known]
