@@ -32,6 +32,7 @@ from delta_go.learning.strategies import StrategySettings
 from delta_go.live import executor, flight, stream
 from delta_go.live.bot import Bot, run
 from delta_go.live.faults import Rule, Script
+from delta_go.live.flight import read_on
 from delta_go.live.journal import entry_of, read_journal
 from delta_go.live.pace import Setup
 from delta_go.live.rehearse import child, says_where
@@ -221,11 +222,11 @@ def fly_on(world: World, settings: Settings, log: Log, closes: int) -> None:
     """One life of the bot, until it has seen so many closes in all."""
     log.boots += 1
     with borrowed_bot(world, settings) as (bot, events):
-        seen, tell = bot.flight.log.last_close, bot._tell
+        seen, tell = read_on(bot.flight.log, bot.flight.executor.entries).last_close, bot._tell
 
         def enough() -> bool:
             nonlocal seen
-            if bot.flight.log.last_close != seen and bot.flight.log.last_close:
+            if bot.flight.log.last_close != seen:
                 seen = bot.flight.log.last_close
                 log.bodies.append(body_of(os.getpid()))
             return len(log.bodies) >= closes
