@@ -25,8 +25,8 @@ from delta_go.live.faults import Rule, Script
 from delta_go.live.journal import entry_of, read_journal, read_order_name
 from delta_go.live.status import Status, read_status
 from delta_go.market.accounts import Answers
-from delta_go.trading.intents import DOUBTFUL
-from tests.whole import end, environment, minute_data, minute_market, minute_models, start, wait_for
+from delta_go.trading.intents import DOUBTFUL, SECOND
+from tests.whole import end, environment, minute_data, minute_market, minute_models, start, state_in, wait_for
 
 KILLS = int(os.environ.get("DELTA_TEST_KILLS", "200"))  # of all campaigns together
 WORLDS = (       # what the exchange may answer where its documents are silent; a campaign of kills in each, at once
@@ -265,6 +265,21 @@ def share(values: list[float], part: float) -> float:
     return sorted(values)[min(len(values) - 1, int(part * len(values)))] if values else float("nan")
 
 
+def doubts(run: Campaign) -> tuple[int, list[float]]:
+    """Orders whose fate nobody had written down at a start, and of those that were settled in the same life, how long after the start: seconds of the exchange."""
+    open_, met, took, begun = {}, 0, [], 0
+    for row in read_journal(run.journal):
+        entry = entry_of(row)
+        if entry.kind == "lease":
+            met, begun = met + len(open_), row.time_us
+            open_ = dict.fromkeys(open_, begun)
+        elif entry.kind == "intent":
+            open_[entry.key] = 0
+        elif entry.kind == "outcome" and entry.body["status"] not in DOUBTFUL and (since := open_.pop(entry.body["client_order_id"], 0)):
+            took.append((row.time_us - since) / SECOND)
+    return met, took
+
+
 def tell(runs: list[Campaign]) -> str:
     """The figures, for a person."""
     walls, queues, markets = ([times[place] for run in runs for times in run.recovered] for place in range(3))
@@ -274,6 +289,9 @@ def tell(runs: list[Campaign]) -> str:
              f"{sum(len(run.seen) for run in runs)} rows, {len(orders)} orders of ours, {sum(len(run.account['fills']) for run in runs)} fills, longest without a stop {naked:.2f} s of the exchange",
              *(f"{len(walls)} recoveries, seconds {what}: p50 {share(times, 0.5):.2f}, p99 {share(times, 0.99):.2f}, max {max(times, default=0):.2f}"
                for what, times in (("of this machine", walls), ("of them without a core", queues), (f"of the exchange, {runs[0].fast:g} times as fast", markets)))]
+    found = [doubts(run) for run in runs]
+    took = [seconds for _, times in found for seconds in times]
+    lines.append(f"{sum(met for met, _ in found)} orders in doubt at a start, settled after the start in seconds of the exchange: p50 {share(took, 0.5):.2f}, p99 {share(took, 0.99):.2f}, max {max(took, default=0):.2f}")
     return "\n".join(lines)
 
 
@@ -346,3 +364,51 @@ room.Executor.__init__, room.place_order = anew, slowly
 def test_a_bot_that_breaks_the_protocol_is_caught(world, tmp_path, sabotage, plan, found):
     run = campaign(tmp_path / "bot", world, 40, 1, plan=plan, sabotage=sabotage)
     assert any(found in fault for fault in run.faults), run.faults
+
+
+def told_no(process: subprocess.Popen[bytes], log: Path) -> str:
+    """What a bot said that did not start."""
+    assert process.wait(60) == 1
+    said = log.read_text().splitlines()
+    assert len(said) == 1, said
+    return said[0]
+
+
+def test_a_second_bot_is_refused(world, tmp_path):
+    data, models, fast = world
+    with running(minute_market(data, speed=fast)) as exchange:
+        def told(home: str, locks: str) -> dict[str, str]:
+            (tmp_path / locks).mkdir(exist_ok=True)
+            return environment(exchange.url, models, tmp_path / home, DELTA_CLOCK_SPEED=f"{fast:g}", TMPDIR=str(tmp_path / locks))
+        first = start(told("a", "locks"), tmp_path / "log")
+        try:
+            assert wait_for(lambda: state_in(tmp_path / "a" / "testnet") == "RUNNING", 60)
+            rows = (tmp_path / "a" / "testnet" / "journal.db")
+            lease = [row.epoch for row in read_journal(rows)][0]
+            for number, (home, locks, words) in enumerate([("a", "locks", "another bot trades with this key on this machine"), ("b", "locks", "another bot trades with this key on this machine"), ("a", "other", "another process writes journal")]):
+                log = tmp_path / f"log{number}"
+                assert words in told_no(start(told(home, locks), log), log)
+            assert {row.epoch for row in read_journal(rows)} == {lease} and first.poll() is None
+            assert not (tmp_path / "b" / "testnet" / "journal.db").exists()
+        finally:
+            assert end(first) == 0
+
+
+@pytest.mark.parametrize("answers", [Answers(duplicate_id="accepted"), Answers(duplicate_id="rejected")], ids=["names may repeat", "names are unique"])
+def test_two_bots_that_nobody_could_refuse_stop_when_they_meet(world, tmp_path, answers):
+    data, models, fast = world
+    homes = [tmp_path / name for name in "ab"]
+    for home in homes:
+        home.mkdir()
+        (home / "sitecustomize.py").write_text(RESTLESS)
+    with running(minute_market(data, speed=fast, script=Script(answers=answers))) as exchange:
+        bots = [start(environment(exchange.url, models, home, DELTA_CLOCK_SPEED=f"{fast:g}", TMPDIR=str(home), PYTHONPATH=str(home)), home / "log") for home in homes]
+        try:
+            assert wait_for(lambda: all(state_in(home / "testnet") == "HALTED" for home in homes), 60 + 300 / fast), [state_in(home / "testnet") for home in homes]
+            assert wait_for(lambda: not any(next(iter(exchange.desk.exchange.accounts.values())).positions), 60 / fast + 5)
+            account = next(iter(httpx.get(f"{exchange.url}/emulator/state", timeout=30).json()["accounts"].values()))
+        finally:
+            codes = [end(bot) for bot in bots]
+    entries = Counter((order["product_symbol"], order["created_at"][:16]) for order in account["orders"] if order["client_order_id"] and not order["reduce_only"])
+    assert codes == [0, 0] and check_cover(account) == []
+    assert [order for order, count in entries.items() if count > 1] == []
