@@ -45,7 +45,7 @@ from delta_go.trading.risk import DAY
 from tests import whole
 
 EAGER = StrategySettings(min_confidence=0.2, min_target_bps=1.0, trend_bars=1, edge_bars=1, breakout_bars=1, scalp=True, scalp_bars=1, edge_share=0.5, edge_rsi=70.0, trend_rsi=90.0)
-PARTS = ("other symbols' candles", "window fetch", "funding fetch", "hmm-detector", "trade-predictor", "wallet", "journal", "orders before it", "questions", "order signed", "our own code")
+PARTS = ("other symbols' candles", "window fetch", "funding fetch", "hmm-detector", "trade-predictor", "wallet", "positions", "journal", "orders before it", "questions", "order signed", "our own code")
 
 
 @dataclass
@@ -135,7 +135,8 @@ def watched(bot: Bot, watch: Stopwatch) -> Iterator[None]:
     air.adviser.regime, air.adviser.probability = ask_regime, ask_probability
     executor_place = executor.place_order
     with patch.object(executor, "place_order", place), patch.object(executor, "put_question", watch.timed("questions", executor.put_question)), \
-            patch.object(flight, "balances", watch.timed("wallet", flight.balances)), patch.object(flight, "look", partial(look, settings=EAGER)):
+            patch.object(flight, "balances", watch.timed("wallet", flight.balances)), \
+            patch.object(flight, "position", watch.timed("positions", flight.position)), patch.object(flight, "look", partial(look, settings=EAGER)):
         yield
 
 
@@ -363,7 +364,7 @@ def whole_exchange(setup: Setup) -> Iterator[str]:
 
 
 def main() -> None:
-    """All of it, in about six minutes; `soak 5m 7` flies one of the long flights only, `latency`, `start`, `real 3` the other parts."""
+    """All of it, in about eight minutes; `soak 5m 7` flies one of the long flights only, `latency`, `start`, `real 3` the other parts."""
     match sys.argv[1:]:
         case ["soak", resolution, days, *seed]:
             soak(resolution, float(days), *map(int, seed))
