@@ -28,7 +28,7 @@ from ..trading.messages import judge, moment, payload_in, read_balance, read_fil
 
 T = TypeVar("T")
 
-# %% ../../nbs/live/71_account.ipynb #1cf5564f
+# %% ../../nbs/live/71_account.ipynb #5b0c9cc2
 class ExchangeClock:
     "The exchange's time, from samples against a monotonic clock."
     def __init__(self, monotonic: Callable[[], float], samples: int = 5, jitter: float = 1.0, age: float = 900.0):
@@ -46,11 +46,12 @@ class ExchangeClock:
 
     def now(self) -> float | None:
         "The exchange's seconds UTC, None while unknown."
-        return self._monotonic() + median(offset for _, offset in self._offsets) if self._offsets else None
+        offsets = list(self._offsets)  # other threads ask while one learns
+        return self._monotonic() + median(offset for _, offset in offsets) if offsets else None
 
     def trouble(self) -> str | None:
         "Why no change may be signed now, None if one may."
-        fresh = [offset for at, offset in self._offsets if self._monotonic() - at <= self._age]
+        fresh = [offset for at, offset in list(self._offsets) if self._monotonic() - at <= self._age]
         if len(fresh) < min(3, self._offsets.maxlen or 3):
             return "the exchange's time is not known well enough; synchronise first"
         spread = max(fresh) - min(fresh)

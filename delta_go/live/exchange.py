@@ -80,11 +80,11 @@ def open_client(
     return httpx.Client(base_url=base_url, headers={"User-Agent": f"delta_go/{__version__}", "Accept": "application/json"},
                         timeout=timeout, trust_env=not here, verify=parts.scheme == "https")
 
-# %% ../../nbs/live/70_exchange.ipynb #2685c844
+# %% ../../nbs/live/70_exchange.ipynb #0b5d8fe2
 def _try_once(client: httpx.Client, path: str, parameters: Mapping[str, Any], timeout: httpx.Timeout) -> tuple[Any, float | None]:
     try:
         reply = client.get(path, params=dict(parameters), timeout=timeout)
-    except httpx.TransportError as error:
+    except httpx.RequestError as error:
         raise NoAnswer(f"{client.base_url.host} could not be reached ({type(error).__name__}); check the network, then run the same command again") from None
     stamp = reply.headers.get("request-in-time", "")
     return read_reply(reply.status_code, reply.text, reply.headers), int(stamp) / 1e6 if stamp.isdigit() else None
@@ -125,7 +125,7 @@ def missing_windows(
         slots = slots[count:]
     return windows
 
-# %% ../../nbs/live/70_exchange.ipynb #e0eae982
+# %% ../../nbs/live/70_exchange.ipynb #1f4a0b6c
 def read_candle_rows(
     rows: Any,    # the result of a candle request
     symbol: str,
@@ -135,7 +135,7 @@ def read_candle_rows(
     "Closed bars, oldest first, one a time; NoAnswer if the rows make no sense."
     try:
         bars = {int(row["time"]): [math.nan if row[name] is None else float(row[name]) for name in COLUMNS[1:5]] + [float(row.get("volume") or 0)] for row in rows or []}
-    except (TypeError, KeyError, ValueError):
+    except (TypeError, KeyError, ValueError, ArithmeticError):
         raise NoAnswer(f"{symbol}: the exchange answered with candles that cannot be read") from None
     time = np.array(sorted(t for t in bars if t + step <= now), np.int64)
     values = np.array([bars[t] for t in time.tolist()], np.float64).reshape(-1, 5)

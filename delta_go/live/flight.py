@@ -7,10 +7,10 @@ __all__ = ['EXITS', 'Trip', 'price_of', 'Logbook', 'note_fill', 'read_on', 'Flig
            'positions_of', 'present_at', 'pause', 'look_at_all', 'write_down', 'decide_bar', 'carry_out',
            'note_payments', 'close_bar', 'decision_row', 'exit_reason', 'ledger_from']
 
-# %% ../../nbs/live/84_flight.ipynb #9cdb2f24
+# %% ../../nbs/live/84_flight.ipynb #2b8d3c58
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from decimal import Decimal
 from typing import Any
 
@@ -19,7 +19,7 @@ import numpy as np
 from ..domain import REGIMES, Decision, InputError, Product, RetryError, SkipBar, StopTrading, Trade
 from ..learning.advice import Adviser
 from ..learning.reading import NO_FUNDING
-from .account import balances, payments
+from .account import balances, payments, position
 from .executor import Executor
 from ..market.candles import Candles
 from ..trading.decide import Position
@@ -56,7 +56,7 @@ def price_of(
         return float(fills[0]["price"])
     return float(sum(Decimal(fill["price"]) * fill["size"] for fill in fills) / sum(fill["size"] for fill in fills))
 
-# %% ../../nbs/live/84_flight.ipynb #feb44ce9
+# %% ../../nbs/live/84_flight.ipynb #d69f672c
 @dataclass(slots=True)
 class Logbook:
     "What the journal says so far."
@@ -69,6 +69,7 @@ class Logbook:
     payments: dict[str, Mapping[str, Any]] = field(default_factory=dict)   # funding, by the exchange's number
     breakers: Breakers | None = None
     last_close: int = 0                                                    # of the last bar that was decided, seconds UTC
+    before: int = 0                                                        # of the one before it
     read: int = 0                                                          # entries
 
 def note_fill(
@@ -102,18 +103,20 @@ def read_on(
             log.settled.add(body["reason"])
         elif entry.kind == "refused":
             log.settled.add(entry.key)
-        elif entry.kind == "outcome" and body["status"] in DENIED and log.intents[body["client_order_id"]]["reduce_only"]:
+        elif entry.kind == "outcome" and body["status"] in (*DENIED, "cancelled") and log.intents[body["client_order_id"]]["reduce_only"]:
             log.settled.discard(log.intents[body["client_order_id"]]["reason"])
         elif entry.kind == "fill" and body["owner"] != FOREIGN:
             note_fill(log, body)
         elif entry.kind == "payment":
             log.payments[entry.key] = body
         elif entry.kind == "equity":
-            log.breakers, log.last_close = Breakers(**body["breakers"]), body["time"]
+            log.breakers, log.before, log.last_close = Breakers(**body["breakers"]), log.last_close, body["time"]
+        elif entry.kind == "halt" and body.get("person") and log.breakers:
+            log.breakers = replace(log.breakers, peak=log.breakers.previous, latched=False, blocked=OPEN)
     log.read = len(entries)
     return log
 
-# %% ../../nbs/live/84_flight.ipynb #f4ce3109
+# %% ../../nbs/live/84_flight.ipynb #2471c25d
 @dataclass(slots=True)
 class Flight:
     "A bot between two closes."
@@ -144,11 +147,14 @@ def marked_equity(
 ) -> float:  # USD
     "The account at the last closes; SkipBar when the wallet cannot be read, or a price is missing."
     wallet = balances(flight.executor.account)
-    if not isinstance(wallet, Answer) or wallet.value is None:
+    if not isinstance(wallet, Answer) or "USD" not in (wallet.value or {}):
         raise SkipBar("the wallet could not be read; no decision on this bar")
-    marked = float(wallet.value["USD"].balance)
+    marked, foreign = float((wallet.value or {})["USD"].balance), flight.executor.state.books.foreign
     for product in flight.products:
         if trip := flight.log.open.get(product.symbol):
+            held = position(flight.executor.account, product.symbol)
+            if not isinstance(held, Answer) or held.value is None or held.value.size != trip.side * trip.open_size + foreign.get(product.symbol, 0):
+                raise SkipBar(f"{product.symbol}: the books are behind the wallet; no decision until they have caught up")
             marked += trip.side * trip.open_size * product.contract_value * (last_price(flight, product.symbol) - price_of(trip.entries))
     if not math.isfinite(marked):
         raise SkipBar("no price is known of what is held; no decision on this bar")
@@ -212,7 +218,7 @@ def write_down(
             raise
         hands.write(entries, hands.now_us(), True)
 
-# %% ../../nbs/live/84_flight.ipynb #e471bdbf
+# %% ../../nbs/live/84_flight.ipynb #888c6683
 def decide_bar(
     flight: Flight,
     opened: int,            # open of the bar that has just closed, seconds UTC
@@ -221,13 +227,15 @@ def decide_bar(
 ) -> None:
     "Look, decide, and write it down."
     log, closed = flight.log, opened + step
+    if not present_at(flight, opened):
+        raise SkipBar("no symbol has this bar")
     seen = look_at_all(flight, opened, ending)
     equity, positions, present = marked_equity(flight), positions_of(flight), present_at(flight, opened)
     breakers = next_breakers(log.breakers or first_breakers(equity, opened), equity, closed, flight.limits)
     decisions = decide_close(seen, positions, equity, breakers.blocked if flight.gated else OPEN, flight.limits)
     versions = flight.adviser.versions()
     rows = [decision_row(decision, view, decision.symbol in present, versions) for decision, view in zip(decisions, seen)]
-    write_down(flight, [*rows, Entry("equity", str(closed), {"time": closed, "equity": equity, "breakers": asdict(breakers)})])
+    write_down(flight, [*rows, Entry("equity", str(closed), {"time": closed, "step": step, "equity": equity, "breakers": asdict(breakers)})])
 
 def carry_out(
     flight: Flight,
@@ -248,17 +256,18 @@ def carry_out(
     read_on(log, flight.executor.entries)
     return refused
 
-# %% ../../nbs/live/84_flight.ipynb #cbc09bd3
+# %% ../../nbs/live/84_flight.ipynb #7f7840fc
 def note_payments(
     flight: Flight,
     opened: int,
 ) -> bool:         # False where the wallet could not be read; the next close tries again
     "Write down the funding that was paid or received lately."
     log = flight.log
-    lately = [trip.exits[-1]["time_us"] for _, trip in log.closed[-20:] if trip.exits[-1]["time_us"] > (opened - DAY) * SECOND]
-    if not (log.open or lately):
+    horizon = (min(opened, log.before or opened) - DAY) * SECOND
+    concerned = [*log.open.values(), *(trip for _, trip in log.closed[-20:] if trip.exits[-1]["time_us"] > horizon)]
+    if not concerned:
         return True
-    since = min([(opened - DAY) * SECOND, *(trip.entries[0]["time_us"] for trip in log.open.values())])
+    since = min([horizon, *(trip.entries[0]["time_us"] for trip in concerned)])
     paid = payments(flight.executor.account, since)
     fresh = [row for row in paid.value if row.kind == "funding" and row.id not in log.payments] if isinstance(paid, Answer) else []
     rows = [Entry("payment", row.id, {"kind": row.kind, "symbol": row.symbol, "amount": str(row.amount), "time_us": row.time_us}) for row in sorted(fresh, key=lambda row: row.time_us)]

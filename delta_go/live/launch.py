@@ -5,28 +5,27 @@
 # %% auto #0
 __all__ = ['PRODUCTION', 'TESTNET', 'SENTENCE', 'INSIST', 'Place', 'place_of', 'refusals', 'adviser_of', 'manifest_of',
            'check_listings', 'use_leverage', 'claim', 'check_owner', 'secrets_of', 'board', 'check_held', 'steady',
-           'rules_of', 'on_paper', 'aboard', 'obeying', 'clear', 'fly']
+           'rules_of', 'on_paper', 'take_off', 'open_books', 'listen', 'aboard', 'obeying', 'clear', 'fly']
 
-# %% ../../nbs/live/92_launch.ipynb #03dbf610
+# %% ../../nbs/live/92_launch.ipynb #c58c1c8b
 import contextlib
-import fcntl
 import hashlib
 import logging
-import os
 import signal
+import socket
+import sys
 import time as timer
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import partial
 from pathlib import Path
 from queue import Queue
 from random import random
-from tempfile import gettempdir
 from urllib.parse import urlsplit
 
 from ..config import Settings
-from ..domain import InputError, Product, RetryError, StopTrading
+from ..domain import DeltaGoError, InputError, Product, RetryError, StopTrading
 from ..learning.advice import Adviser, LocalAdviser, versions_of
 from ..learning.registry import Manifest, load_models, read_current, read_manifest
 from .account import Account, ExchangeClock, balances, check_key, leverage, set_leverage, synchronise
@@ -37,8 +36,9 @@ from .flight import Flight
 from .journal import Row, entry_of, open_journal, read_journal
 from .notify import Notifier, read_urls
 from .recent import Recent
-from .status import KILL
+from .status import KILL, ask_kill
 from .stream import Listening, Senses, Stream
+from ..market.candles import step_of
 from ..market.venue import find_product
 from ..patience import Patience
 from ..serving.access import LOOPBACK
@@ -91,8 +91,8 @@ def refusals(
     ]
     return [words for fault, words in checks if fault]
 
-# %% ../../nbs/live/92_launch.ipynb #dfee6420
-INSIST = Patience(connect=1.5, answer=2.0, total=4.0, retries=1)
+# %% ../../nbs/live/92_launch.ipynb #3890522d
+INSIST = Patience(connect=1.5, answer=2.0, total=3.0, retries=1)
 
 def adviser_of(
     settings: Settings,
@@ -112,7 +112,7 @@ def manifest_of(
     needed = [f"hmm_model_{symbol}.pkl" for symbol in settings.symbols]
     return read_manifest(partial(read_current, settings.models), needed)
 
-# %% ../../nbs/live/92_launch.ipynb #f72b5563
+# %% ../../nbs/live/92_launch.ipynb #159a597b
 def check_listings(
     listings: Mapping[str, Listing],  # by symbol
     products: Mapping[str, Product],
@@ -129,6 +129,8 @@ def use_leverage(
     times: float,
 ) -> None:
     "The same leverage everywhere; what is set already is left alone."
+    if times != int(times):
+        raise InputError(f"DELTA_LEVERAGE: expected a whole number, which is what the exchange takes, got {times:g}")
     for symbol in account.listings:
         now = leverage(account, symbol)
         if isinstance(now, Answer) and now.value == Decimal(str(times)):
@@ -139,26 +141,28 @@ def use_leverage(
         if not isinstance(outcome, Accepted):
             raise RetryError(f"{symbol}: the exchange did not say whether it took the leverage; start again")
 
-# %% ../../nbs/live/92_launch.ipynb #3f06b319
+# %% ../../nbs/live/92_launch.ipynb #0bf81793
 def claim(
-    rest: str,   # address of the exchange
-    key: str,
-) -> int:        # a file that stays locked while it is open
-    "The right to trade with a key on this machine, or StopTrading."
-    name = hashlib.sha256(f"{rest}\x1f{key}".encode()).hexdigest()[:24]
-    handle = os.open(Path(gettempdir()) / f"delta-go-{name}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    owner: str,       # mode, exchange and account
+) -> socket.socket:   # keeps the claim until it is closed
+    "The right to trade an account on this machine, or StopTrading."
+    name, hold = f"delta-go-{hashlib.sha256(owner.encode()).hexdigest()[:24]}", socket.socket(socket.AF_UNIX)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        hold.bind(f"\0{name}" if sys.platform == "linux" else str(Path.home() / f".{name}"))
     except OSError:
-        os.close(handle)
-        raise StopTrading("another bot trades with this key on this machine; two bots on one account would trade twice. Stop the other one first") from None
-    return handle
+        hold.close()
+        raise StopTrading("another bot trades this account on this machine; two bots on one account would trade twice. Stop the other one first") from None
+    return hold
 
 def check_owner(
     rows: list[Row],   # of the journal
     owner: str,
+    step: int,         # seconds between two closes
 ) -> None:
-    "InputError where the journal is another account's."
+    "InputError where the journal is another account's, or counts in other bars."
+    before = next((entry_of(row).body["step"] for row in reversed(rows) if row.kind == "equity"), step)
+    if before != step:
+        raise InputError(f"journal: it was kept in bars of {before} seconds, these models decide in bars of {step}; close what is held, then choose another DELTA_STATE_DIR")
     if rows and (first := entry_of(rows[0]).body["holder"]) != owner:
         raise InputError(f"journal: it was begun by {first}, this is {owner}; choose another DELTA_STATE_DIR")
 
@@ -235,67 +239,96 @@ def on_paper(
         wire = "ws" + exchange.url.removeprefix("http")
         yield Place(exchange.url, f"{wire}/public", f"{wire}/private"), Credentials(*key)
 
-# %% ../../nbs/live/92_launch.ipynb #03a61353
-@contextlib.contextmanager
-def aboard(
+# %% ../../nbs/live/92_launch.ipynb #45a00a52
+def take_off(
     settings: Settings,
-) -> Iterator[tuple[Bot, Queue[Event]]]:
+    stack: contextlib.ExitStack,   # closes whatever is opened
+    tell: Callable[[str, bool], None],
+) -> tuple[Bot, Queue[Event]]:
     "A bot with everything it needs, its streams running."
     manifest, limits = manifest_of(settings), limits_from(settings)
     if faults := refusals(settings, manifest.verdict):
         raise InputError("\n".join(faults))
     products, folder, secrets = {symbol: find_product(symbol) for symbol in settings.symbols}, settings.state_dir / settings.mode, secrets_of(settings)
     check_leverage(limits, products.values())
+    adviser = adviser_of(settings, manifest)
+    stack.callback(adviser.close)
+    place, credentials = place_of(settings), Credentials(settings.api_key.get_secret_value() or "none", settings.api_secret.get_secret_value() or "none")
+    if settings.mode == "paper":
+        place, credentials = stack.enter_context(on_paper(settings, place, manifest.resolution, folder))
+    account = board(settings, place, credentials, products)
+    owner = f"{settings.mode} {check_key(account)}"
+    stack.callback(claim(f"{owner} {folder.resolve() if settings.mode == 'paper' else account.client.base_url.port}").close)
+    use_leverage(account, limits.leverage)
+    executor = open_books(folder, owner, manifest.resolution, account, rules_of(account, products, limits), secrets, stack)
+    check_held(executor.state, products)
+    recent = Recent(stack.enter_context(open_client(place.rest)), manifest.resolution, lambda: executor.now_us() / SECOND)
+    flight = Flight(executor, adviser, list(products.values()), limits, lambda: None, recent.window, recent.funding)
+    services = {"hmm-detector": settings.detector, "trade-predictor": settings.predictor} if settings.detector else {}
+    bot = Bot(flight, Plan(settings.mode, folder, manifest.resolution, manifest.verdict, versions_of(manifest), services), recent, timer.monotonic, timer.time, tell)
+    return bot, listen(place, credentials, settings.symbols, manifest.resolution, account, stack)
+
+def open_books(folder: Path, owner: str, resolution: str, account: Account, rules: Rules, secrets: tuple[str, ...], stack: contextlib.ExitStack) -> Executor:
+    "The journal of this account, and the protocol on it."
+    now_us, path = steady(account), folder / "journal.db"
+    check_owner(read_journal(path) if path.exists() else [], owner, step_of(resolution))
+    journal, rows = open_journal(path, now_us(), owner, secrets)
+    stack.callback(journal.close)
+    return Executor(account, journal, rules, rows, now_us)
+
+def listen(place: Place, credentials: Credentials, symbols: Sequence[str], resolution: str, account: Account, stack: contextlib.ExitStack) -> Queue[Event]:
+    "Both streams, on one queue."
+    events: Queue[Event] = Queue()
+    senses = Senses(timer.monotonic, account.clock.now, random, timer.sleep)
+    for listening in (Listening("public", place.public, tuple(symbols), resolution), Listening("private", place.private, tuple(symbols), resolution, credentials)):
+        stream = Stream(listening, senses, events)
+        stream.start()
+        stack.callback(stream.stop)
+    return events
+
+# %% ../../nbs/live/92_launch.ipynb #6b110f31
+@contextlib.contextmanager
+def aboard(
+    settings: Settings,
+) -> Iterator[tuple[Bot, Queue[Event]]]:
+    "A bot in the air, with its notifier and its page."
+    secrets, folder = secrets_of(settings), settings.state_dir / settings.mode
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         notifier = Notifier(read_urls(settings.notify.get_secret_value()), f"delta_go {settings.mode}", secrets)
         stack.callback(notifier.close)
-        adviser = adviser_of(settings, manifest)
-        stack.callback(adviser.close)
-        place, credentials = place_of(settings), Credentials(settings.api_key.get_secret_value() or "none", settings.api_secret.get_secret_value() or "none")
-        if settings.mode == "paper":
-            place, credentials = stack.enter_context(on_paper(settings, place, manifest.resolution, folder))
-        stack.callback(os.close, claim(place.rest if settings.mode != "paper" else str(folder.resolve()), credentials.key))
-        account = board(settings, place, credentials, products)
-        owner = f"{settings.mode} {check_key(account)}"
-        use_leverage(account, limits.leverage)
-        now_us, path = steady(account), folder / "journal.db"
-        check_owner(read_journal(path) if path.exists() else [], owner)
-        journal, rows = open_journal(path, now_us(), owner, secrets)
-        stack.callback(journal.close)
-        executor = Executor(account, journal, rules_of(account, products, limits), rows, now_us)
-        check_held(executor.state, products)
-        recent = Recent(stack.enter_context(open_client(place.rest)), manifest.resolution, lambda: now_us() / SECOND)
-        flight = Flight(executor, adviser, list(products.values()), limits, lambda: None, recent.window, recent.funding)
-        services = {"hmm-detector": settings.detector, "trade-predictor": settings.predictor} if settings.detector else {}
-        bot = Bot(flight, Plan(settings.mode, folder, manifest.resolution, manifest.verdict, versions_of(manifest), services), recent, timer.monotonic, timer.time, notifier.tell)
-        events: Queue[Event] = Queue()
-        senses = Senses(timer.monotonic, account.clock.now, random, timer.sleep)
-        symbols = tuple(settings.symbols)
-        for listening in (Listening("public", place.public, symbols, manifest.resolution), Listening("private", place.private, symbols, manifest.resolution, credentials)):
-            stream = Stream(listening, senses, events)
-            stream.start()
-            stack.callback(stream.stop)
+        try:
+            bot, events = take_off(settings, stack, notifier.tell)
+        except DeltaGoError as error:
+            notifier.tell(f"not started: {error}", True)
+            raise
         if settings.status_port:
             from delta_go.live.dashboard import start_in_thread
             stack.callback(start_in_thread(folder, port=settings.status_port, key=settings.dashboard_key.get_secret_value() or None).stop)
         yield bot, events
 
-# %% ../../nbs/live/92_launch.ipynb #69c5771c
+# %% ../../nbs/live/92_launch.ipynb #25055699
 @contextlib.contextmanager
 def obeying(
-    bot: Bot,
-) -> Iterator[None]:
+    folder: Path,              # of the bot
+) -> Iterator[list[Bot]]:      # to be given the bot, once there is one
     "SIGTERM and SIGINT drain, SIGUSR1 is the kill switch."
+    flying: list[Bot] = []
+
     def note(number: int, frame: object) -> None:
         if number == signal.SIGUSR1:
-            bot.killed = bot.killed or "SIGUSR1"
+            with contextlib.suppress(OSError):
+                ask_kill(folder, "SIGUSR1")
+            for bot in flying:
+                bot.killed = bot.killed or "SIGUSR1"
+        elif flying:
+            flying[0].asked = signal.Signals(number).name
         else:
-            bot.asked = signal.Signals(number).name
+            raise SystemExit(128 + number)  # nothing has begun
 
     before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     try:
-        yield
+        yield flying
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -319,12 +352,15 @@ def fly(
         register_secret(secret)
     configure_logging()
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    with aboard(settings) as (bot, events), obeying(bot):
+    folder = settings.state_dir / settings.mode
+    folder.mkdir(parents=True, exist_ok=True)
+    with obeying(folder) as flying, aboard(settings) as (bot, events):
+        flying.append(bot)
         if cleared_by:
             clear(bot, cleared_by)
         try:
             run(bot, events, once)
         except Exception as error:
-            bot.report(f"stopped: {error or type(error).__name__}", True)
+            bot.report(f"stopped: {error if isinstance(error, DeltaGoError) else repr(error)}; positions keep their brackets at the exchange", True)
             say(bot, "STOPPED")
             raise

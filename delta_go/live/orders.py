@@ -76,7 +76,7 @@ max_orders_count_exceeded immediate_execution_stop_order bracket_order_position_
 trading_blocked derivatives_trading_blocked kyc_pending trading_not_allowed_on_current_margin_mode bad_schema expired_signature signature_mismatch
 invalid_api_key ip_not_whitelisted_for_api_key unauthorized_api_access unauthorized forbidden"""))
 
-# %% ../../nbs/live/76_orders.ipynb #210d82a5
+# %% ../../nbs/live/76_orders.ipynb #8e2ef632
 def _doubt(turn: _Turn, name: str, signed_at: int, reason: str) -> None:
     turn.settle(name, "unknown", detail=reason)
     turn.state.fences = {**turn.state.fences, name: signed_at * SECOND + FENCE}
@@ -93,6 +93,7 @@ def _on_result(turn: _Turn, event: SendResult) -> None:
         turn.settle(name, "not_sent", detail=outcome.reason)
     elif isinstance(outcome, Rejected) and outcome.code in DEFINITE:
         turn.settle(name, "rejected", detail=f"{outcome.code} {outcome.detail}".strip())
+        turn.effects.append(Report(f"{turn.state.books.intents[name].symbol}: the exchange refused an order ({outcome.code})"))
         turn.want(FILLS)
         if what_next(outcome.code) == "stop":
             turn.halt(f"the exchange refuses this account: {outcome.code}")
@@ -181,7 +182,7 @@ def _sort_fills(turn: _Turn) -> None:
         turn.want(HISTORY, turn.now + SECOND // 2)
         turn.want(FILLS, turn.now + SECOND)
 
-# %% ../../nbs/live/76_orders.ipynb #bd846f32
+# %% ../../nbs/live/76_orders.ipynb #6acdecae
 UNEXPLAINED = 60 * SECOND
 
 def _on_position(turn: _Turn, symbol: str, size: int, asked_us: int) -> None:
@@ -193,7 +194,7 @@ def _on_position(turn: _Turn, symbol: str, size: int, asked_us: int) -> None:
     state.odd = {symbol: asked_us, **state.odd}
     turn.want(FILLS, turn.now + SECOND // 2)
     turn.want(("position", symbol), turn.now + SECOND)
-    if asked_us - state.odd[symbol] >= UNEXPLAINED:
+    if asked_us - state.odd[symbol] >= UNEXPLAINED and state.answered.get(FILLS, -1) >= state.odd[symbol] + UNEXPLAINED // 2:
         turn.halt(f"{symbol}: the exchange holds {size} contracts and the fills explain {state.books.held.get(symbol, 0)}, for a minute")
 
 def _on_listing(turn: _Turn, orders: Sequence[Order], asked_us: int) -> None:
@@ -296,7 +297,7 @@ def _conclude(turn: _Turn, name: str) -> None:
     if not missing and symbol not in state.odd and not any(fill.symbol == symbol for fill in state.loose):
         turn.settle(name, "never_arrived", detail="not found in any of three ways after its signature had died")
 
-# %% ../../nbs/live/76_orders.ipynb #cdaeb9b3
+# %% ../../nbs/live/76_orders.ipynb #1253402f
 PATIENCE, LEFTOVER, PAUSE = 3 * SECOND, 10 * SECOND, 2 * SECOND
 
 def _may(turn: _Turn, what: str, pause: int = PAUSE) -> bool:
@@ -324,18 +325,20 @@ def _flatten(turn: _Turn, symbol: str, reason: str) -> None:
         exit_ = OrderRequest("exit", symbol, "sell" if held > 0 else "buy", abs(held), reduce_only=True)
         _send(turn, Place(exit_, marks_of(state.books).get(symbol, Decimal(0)), reason))
     elif under_way:
-        turn.wake(max(intent.made_us for intent in under_way) + 2 * PAUSE)
+        turn.wake(max(turn.now + SECOND, max(intent.made_us for intent in under_way) + 2 * PAUSE))
 
-# %% ../../nbs/live/76_orders.ipynb #a07ae3cd
+# %% ../../nbs/live/76_orders.ipynb #4bb60595
 def _protect(turn: _Turn, symbol: str) -> None:
     "A position has its stop, and a stop has its position."
     state, held, listing = turn.state, turn.state.books.held.get(symbol, 0), turn.state.answered.get(OPEN, -1)
     rest = [order for order in state.listed if order.symbol == symbol and state.strangers.get(str(order.id)) == LEG]
     if not held:
         state.naked = _without(state.naked, symbol)
-        lonely = rest and state.positions.get(symbol) == 0 and not any(state.books.intents[name].symbol == symbol for name in state.books.live)
+        flatten = state.books.flatten
+        waiting = any((intent := state.books.intents[name]).symbol == symbol and not (flatten and intent.request.reduce_only) for name in state.books.live)
+        lonely = rest and state.positions.get(symbol) == state.books.foreign.get(symbol, 0) and not waiting
         state.bare = {symbol: listing, **state.bare} if lonely else _without(state.bare, symbol)
-        for order in rest if lonely and listing - state.bare[symbol] >= LEFTOVER else ():
+        for order in rest if lonely and listing - state.bare[symbol] >= (SECOND if flatten else LEFTOVER) else ():
             _cancel(turn, order)
         return
     stops = [order for order in rest if order.stop_order_type == "stop_loss_order" and (order.side == "sell") == (held > 0) and order.unfilled_size >= abs(held)]
@@ -385,11 +388,10 @@ def _since(state: State) -> int:
     moments = [books.intents[name].made_us for name in books.live] + [at for symbol, at in newest.items() if books.held.get(symbol)]
     return max(0, min([books.fill_us or state.since_us, *moments]) - LOOK_BACK)
 
-# %% ../../nbs/live/76_orders.ipynb #582b8cfc
+# %% ../../nbs/live/76_orders.ipynb #1dc71253
 def _on_clear(turn: _Turn, event: Clear) -> None:
-    if turn.state.books.halted:
-        turn.record("halt", f"{turn.state.books.epoch}:{turn.now}:clear", {"reason": "", "flatten": False, "person": event.person})
-        _start_over(turn)
+    turn.record("halt", f"{turn.state.books.epoch}:{turn.now}:clear", {"reason": "", "flatten": False, "person": event.person})
+    _start_over(turn)
 
 def step(
     state: State,
@@ -425,14 +427,15 @@ def step(
         _drive(turn)
     return turn.state, [Record(tuple(turn.entries)), *turn.effects] if turn.entries else turn.effects
 
-# %% ../../nbs/live/76_orders.ipynb #b92e4ebd
+# %% ../../nbs/live/76_orders.ipynb #77f173c2
 def recover(
     rules: Rules,
     rows: Iterable[Row],  # of the journal, the new lease included
     now_us: int,
 ) -> State:
     "What the bot knows when it starts, for the first time or again."
-    books = Books()
+    rows = list(rows)
+    books = Books(number=int(rows[0].hash[:9], 16) if rows else 0)
     for row in rows:
         books = post(books, entry_of(row))
     doubtful = [name for name in books.live if books.intents[name].status in DOUBTFUL]

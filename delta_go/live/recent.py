@@ -31,7 +31,7 @@ def joined(
     columns = (np.concatenate([getattr(before, name), getattr(fresh, name)]) for name in COLUMNS)
     return Candles(fresh.symbol, fresh.step, *columns)
 
-# %% ../../nbs/live/85_recent.ipynb #90ce3fe7
+# %% ../../nbs/live/85_recent.ipynb #64920d37
 BRIEF = Patience(connect=2.0, answer=3.0, total=5.0, retries=1)
 KEPT = WINDOW + 50
 
@@ -40,6 +40,7 @@ class Recent:
     def __init__(self, client: httpx.Client, resolution: str, now: Callable[[], float]):
         self._client, self._resolution, self._step, self._now = client, resolution, step_of(resolution), now
         self._windows: dict[str, Candles] = {}
+        self.unasked: set[str] = set()  # symbols whose last question had no answer
         self._rates: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 
     def window(self, symbol: str, opened: int) -> Candles:
@@ -52,7 +53,9 @@ class Recent:
         try:
             fresh = candles_from(self._client, symbol, self._resolution, first, opened + self._step, self._now, BRIEF)
         except (RetryError, InputError):
+            self.unasked.add(symbol)
             return kept if kept is not None else Candles(symbol, self._step, np.zeros(0, np.int64), *(np.zeros(0) for _ in range(5)))
+        self.unasked.discard(symbol)
         self._windows[symbol] = joined(kept, fresh)[-WINDOW:]
         return self._windows[symbol]
 
