@@ -373,7 +373,7 @@ def check_back(
         if old != new:
             raise DeployFault(f"{name}: expected the traffic of before, {old}, got {new}")
 
-# %% ../nbs/05_rollout.ipynb #11fc6ece
+# %% ../nbs/05_rollout.ipynb #515a5b92
 def learn_splits(
     rollout: Rollout,
     step: Step,
@@ -399,6 +399,8 @@ def learn(
     if step.kind in ("record", "look", "see", "confirm"):
         return learn_splits(rollout, step, read_splits(text))
     if step.kind == "bot current":
+        if not IMAGE.fullmatch(text.strip()):
+            raise DeployFault(f"bot: expected the image that it runs, by its digest, got {short(text.strip(), 80)!r}; the first one is put there by hand")
         return replace(rollout, bot_before=text.strip())
     if step.kind not in ("guard", "digest", "errors"):
         return rollout
