@@ -99,7 +99,7 @@ class World:
         if bot.flight.log.last_close >= closed - step and closed - bot.now > step - 4:
             hop = 1.0                                   # fills of the last close come in
         elif closed - bot.now <= 0:
-            hop = 0.25                                  # closed, and not yet decided
+            hop = 0.25 if bot.now - closed < 4 else 2.0  # closed, and not yet decided
         elif bot.streams or bot.clock or bot.state == "BOOT":
             hop = min(2.0, closed - bot.now + 0.05)     # as slowly as a line comes back
         else:
