@@ -54,6 +54,7 @@ class Campaign:
     fast: float                   # seconds of the exchange in one of ours
     chance: random.Random
     seen: dict[int, str] = field(default_factory=dict)      # rows that were committed, by number: their hash
+    stamp: tuple[int, int] = (0, 0)                         # of the journal's file when it was last looked at
     faults: list[str] = field(default_factory=list)
     recovered: list[tuple[float, float, float]] = field(default_factory=list)  # seconds of this machine, the part of them spent waiting for a core, seconds of the exchange
     leased: list[float] = field(default_factory=list)       # seconds of this machine from a start to the right to write
@@ -73,6 +74,11 @@ class Campaign:
 
 def peek(run: Campaign) -> list[tuple[int, str, str]]:
     """Rows that were committed since the last look: number, kind, key. They are kept in mind."""
+    with contextlib.suppress(OSError):
+        stat = run.journal.with_name("journal.db-wal").stat()
+        if run.stamp == (stat.st_mtime_ns, stat.st_size):
+            return []
+        run.stamp = (stat.st_mtime_ns, stat.st_size)
     last = max(run.seen, default=0)
     with contextlib.suppress(sqlite3.OperationalError), contextlib.closing(sqlite3.connect(f"{run.journal.as_uri()}?mode=ro", uri=True)) as database:
         fresh = database.execute("SELECT sequence, kind, key, hash FROM journal WHERE sequence > ? ORDER BY sequence", (last,)).fetchall()
@@ -220,9 +226,9 @@ def land(run: Campaign) -> None:
     process = start(run.told, run.home / "log")
     try:
         live(run, process, lambda rows: (status := status_of(run, process)) is not None and status.state == "RUNNING")
-        if not wait_for(lambda: not differences(run), 30, 0.25):
+        if not wait_for(lambda: not differences(run), 30 + 120 / run.fast, 0.25):
             run.faults += differences(run)
-        code = end(process)
+        code = end(process, 60)
     finally:
         process.kill()
         process.wait()
@@ -366,49 +372,58 @@ def test_a_bot_that_breaks_the_protocol_is_caught(world, tmp_path, sabotage, pla
     assert any(found in fault for fault in run.faults), run.faults
 
 
+ELSEWHERE = """
+import socket
+import delta_go.live.launch as launch
+launch.claim = lambda owner: socket.socket()
+"""  # a bot on another machine, whose claim this one cannot see
+
+
 def told_no(process: subprocess.Popen[bytes], log: Path) -> str:
-    """What a bot said that did not start."""
-    assert process.wait(60) == 1
-    said = log.read_text().splitlines()
+    """The one line that a bot ends with, if it does not start."""
+    assert process.wait(120) == 1
+    said = [line for line in log.read_text().splitlines() if not line.startswith("{")]
     assert len(said) == 1, said
     return said[0]
 
 
+def bot_of(exchange: Emulator, world: World, home: Path, log: Path, change: str = RESTLESS) -> subprocess.Popen[bytes]:
+    """A bot that keeps its state in a folder, with something changed in it."""
+    changed = log.with_suffix(".changed")
+    changed.mkdir()
+    (changed / "sitecustomize.py").write_text(change)
+    return start(environment(exchange.url, world[1], home, DELTA_CLOCK_SPEED=f"{world[2]:g}", TMPDIR=str(changed), PYTHONPATH=str(changed)), log)
+
+
 def test_a_second_bot_is_refused(world, tmp_path):
-    data, models, fast = world
-    with running(minute_market(data, speed=fast)) as exchange:
-        def told(home: str, locks: str) -> dict[str, str]:
-            (tmp_path / locks).mkdir(exist_ok=True)
-            return environment(exchange.url, models, tmp_path / home, DELTA_CLOCK_SPEED=f"{fast:g}", TMPDIR=str(tmp_path / locks))
-        first = start(told("a", "locks"), tmp_path / "log")
+    with running(minute_market(world[0], speed=world[2])) as exchange:
+        folder = tmp_path / "a" / "testnet"
+        first = bot_of(exchange, world, tmp_path / "a", tmp_path / "log")
         try:
-            assert wait_for(lambda: state_in(tmp_path / "a" / "testnet") == "RUNNING", 60)
-            rows = (tmp_path / "a" / "testnet" / "journal.db")
-            lease = [row.epoch for row in read_journal(rows)][0]
-            for number, (home, locks, words) in enumerate([("a", "locks", "another bot trades with this key on this machine"), ("b", "locks", "another bot trades with this key on this machine"), ("a", "other", "another process writes journal")]):
+            assert wait_for(lambda: state_in(folder) == "RUNNING", 120)
+            for number, (home, change, words) in enumerate([("a", RESTLESS, "another bot trades this account"), ("b", RESTLESS, "another bot trades this account"),
+                                                            ("a", ELSEWHERE, "another process writes journal")]):
                 log = tmp_path / f"log{number}"
-                assert words in told_no(start(told(home, locks), log), log)
-            assert {row.epoch for row in read_journal(rows)} == {lease} and first.poll() is None
+                assert words in told_no(bot_of(exchange, world, tmp_path / home, log, change), log)
+            assert {row.epoch for row in read_journal(folder / "journal.db")} == {1} and first.poll() is None
             assert not (tmp_path / "b" / "testnet" / "journal.db").exists()
         finally:
-            assert end(first) == 0
+            assert end(first, 60) == 0
 
 
 @pytest.mark.parametrize("answers", [Answers(duplicate_id="accepted"), Answers(duplicate_id="rejected")], ids=["names may repeat", "names are unique"])
-def test_two_bots_that_nobody_could_refuse_stop_when_they_meet(world, tmp_path, answers):
-    data, models, fast = world
+def test_two_bots_on_two_machines_stop_when_they_meet(world, tmp_path, answers):
     homes = [tmp_path / name for name in "ab"]
-    for home in homes:
-        home.mkdir()
-        (home / "sitecustomize.py").write_text(RESTLESS)
-    with running(minute_market(data, speed=fast, script=Script(answers=answers))) as exchange:
-        bots = [start(environment(exchange.url, models, home, DELTA_CLOCK_SPEED=f"{fast:g}", TMPDIR=str(home), PYTHONPATH=str(home)), home / "log") for home in homes]
+    with running(minute_market(world[0], speed=world[2], script=Script(answers=answers))) as exchange:
+        bots = [bot_of(exchange, world, home, home.with_suffix(".log"), RESTLESS + ELSEWHERE) for home in homes]
         try:
-            assert wait_for(lambda: all(state_in(home / "testnet") == "HALTED" for home in homes), 60 + 300 / fast), [state_in(home / "testnet") for home in homes]
-            assert wait_for(lambda: not any(next(iter(exchange.desk.exchange.accounts.values())).positions), 60 / fast + 5)
+            met = wait_for(lambda: all(state_in(home / "testnet") == "HALTED" for home in homes), 60 + 300 / world[2])
             account = next(iter(httpx.get(f"{exchange.url}/emulator/state", timeout=30).json()["accounts"].values()))
         finally:
-            codes = [end(bot) for bot in bots]
-    entries = Counter((order["product_symbol"], order["created_at"][:16]) for order in account["orders"] if order["client_order_id"] and not order["reduce_only"])
+            codes = [end(bot, 60) for bot in bots]
+    assert met, [state_in(home / "testnet") for home in homes]
     assert codes == [0, 0] and check_cover(account) == []
-    assert [order for order, count in entries.items() if count > 1] == []
+    entries = Counter((order["product_symbol"], order["created_at"][:16]) for order in account["orders"] if order["client_order_id"] and not order["reduce_only"])
+    assert entries and [order for order, count in entries.items() if count > 1] == []
+    for home in homes:
+        assert any("another bot trades on this account" in entry.body["reason"] for row in read_journal(home / "testnet" / "journal.db") if (entry := entry_of(row)).kind == "halt")
