@@ -40,8 +40,8 @@ def test_a_day_of_quarters_leaves_nothing_behind(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_day_of_minutes_with_faults_and_restarts(tmp_path):
+def test_two_days_with_faults_and_restarts(tmp_path):
     """Lost replies, refusals, cut lines, an exchange that restarts three times, and a bot that does twice."""
-    closes = DAY // 60 - 10
-    log, entries = flown(tmp_path, "1m", closes, trouble(3, DAY), (300, 900))
+    closes = 2 * DAY // step_of("15m") - 10
+    log, entries = flown(tmp_path, "15m", closes, trouble(3, 2 * DAY), (50, 120))
     assert_steady(log, entries, closes, 60)
