@@ -182,7 +182,7 @@ def _sort_fills(turn: _Turn) -> None:
         turn.want(HISTORY, turn.now + SECOND // 2)
         turn.want(FILLS, turn.now + SECOND)
 
-# %% ../../nbs/live/76_orders.ipynb #6acdecae
+# %% ../../nbs/live/76_orders.ipynb #44cdbcbf
 UNEXPLAINED = 60 * SECOND
 
 def _on_position(turn: _Turn, symbol: str, size: int, asked_us: int) -> None:
@@ -194,6 +194,11 @@ def _on_position(turn: _Turn, symbol: str, size: int, asked_us: int) -> None:
     state.odd = {symbol: asked_us, **state.odd}
     turn.want(FILLS, turn.now + SECOND // 2)
     turn.want(("position", symbol), turn.now + SECOND)
+    if not state.books.held.get(symbol) and all(intent.symbol != symbol for intent in state.books.intents.values()):
+        if symbol not in state.strangers:
+            state.strangers = {**state.strangers, symbol: FOREIGN}
+            turn.effects.append(Report(f"{symbol}: {size} contracts are held that are not ours; they are left alone, and no entry is made there"))
+        return
     if asked_us - state.odd[symbol] >= UNEXPLAINED and state.answered.get(FILLS, -1) >= state.odd[symbol] + UNEXPLAINED // 2:
         turn.halt(f"{symbol}: the exchange holds {size} contracts and the fills explain {state.books.held.get(symbol, 0)}, for a minute")
 
@@ -327,11 +332,12 @@ def _flatten(turn: _Turn, symbol: str, reason: str) -> None:
     elif under_way:
         turn.wake(max(turn.now + SECOND, max(intent.made_us for intent in under_way) + 2 * PAUSE))
 
-# %% ../../nbs/live/76_orders.ipynb #4bb60595
+# %% ../../nbs/live/76_orders.ipynb #0bdee554
 def _protect(turn: _Turn, symbol: str) -> None:
     "A position has its stop, and a stop has its position."
     state, held, listing = turn.state, turn.state.books.held.get(symbol, 0), turn.state.answered.get(OPEN, -1)
-    rest = [order for order in state.listed if order.symbol == symbol and state.strangers.get(str(order.id)) == LEG]
+    told = [order for order, at in state.legs.values() if listing < at + LAG + SECOND and order.id not in {known.id for known in state.listed}]
+    rest = [order for order in (*state.listed, *told) if order.symbol == symbol and state.strangers.get(str(order.id)) == LEG]
     if not held:
         state.naked = _without(state.naked, symbol)
         flatten = state.books.flatten
@@ -388,7 +394,7 @@ def _since(state: State) -> int:
     moments = [books.intents[name].made_us for name in books.live] + [at for symbol, at in newest.items() if books.held.get(symbol)]
     return max(0, min([books.fill_us or state.since_us, *moments]) - LOOK_BACK)
 
-# %% ../../nbs/live/76_orders.ipynb #1dc71253
+# %% ../../nbs/live/76_orders.ipynb #df150961
 def _on_clear(turn: _Turn, event: Clear) -> None:
     turn.record("halt", f"{turn.state.books.epoch}:{turn.now}:clear", {"reason": "", "flatten": False, "person": event.person})
     _start_over(turn)
@@ -409,6 +415,8 @@ def step(
             _on_answer(turn, event)
         case OrderSeen():
             _see(turn, event.order)
+            legs = _without(turn.state.legs, event.order.id)
+            turn.state.legs = {**legs, event.order.id: (event.order, now_us)} if event.order.live and event.order.bracket_order else legs
             if not event.order.live and any(order.id == event.order.id for order in state.listed):
                 turn.want(OPEN)  # it may have been somebody's stop
         case FillSeen():
