@@ -7,7 +7,7 @@ __all__ = ['DRAIN', 'GRACE', 'BOOT', 'BLOCKED', 'Plan', 'too_late', 'Bot', 'hear
            'keep_time', 'guard', 'too_old', 'close_if_due', 'limit_of', 'follow_equity', 'ask_models', 'facts_of',
            'refresh', 'holdings_of', 'services_of', 'status_of', 'say', 'barrier', 'tick', 'run']
 
-# %% ../../nbs/live/89_bot.ipynb #67959cd9
+# %% ../../nbs/live/89_bot.ipynb #fda6499e
 import contextlib
 import os
 from collections import deque
@@ -33,7 +33,7 @@ from .status import Account, Cause, Holding, ServiceView, State, Status, Told, k
 from .watch import Facts, causes_of, compare, guarded, state_of, unread_of
 from ..market.candles import step_of
 from ..serving.telemetry import redact
-from ..trading.intents import DOUBTFUL, LEG, SECOND, Clock, Stop, Tick
+from ..trading.intents import DOUBTFUL, LEG, SECOND, Clock, Stop, Tick, is_flat
 from ..trading.news import CandleClosed, Event, FillSeen, Gap, Live, OrderSeen, PositionSeen, PriceSeen, StatusSeen
 from ..trading.risk import DAILY_LOSS, DRAWDOWN, RiskLimits
 
@@ -59,7 +59,7 @@ def too_late(
     "How long after a close its entries may still be sent: the backtest fills them at once."
     return min(120.0, step / 10)
 
-# %% ../../nbs/live/89_bot.ipynb #a4b39d5c
+# %% ../../nbs/live/89_bot.ipynb #523be143
 class Bot:
     "A flight that goes on by itself."
     def __init__(
@@ -85,6 +85,7 @@ class Bot:
         self.armed: tuple[str, ...] = ()
         self.state: State = "BOOT"
         self.started = wall()
+        flight.price = self.prices.get
         flight.barrier, flight.interrupted, flight.executor.tell = partial(barrier, self), lambda: bool(pulled(self)), self.report
 
     @property
@@ -109,7 +110,7 @@ class Bot:
         self.due[what] = self.monotonic() + seconds
         return True
 
-# %% ../../nbs/live/89_bot.ipynb #2173e3ad
+# %% ../../nbs/live/89_bot.ipynb #de210c0d
 def hear(
     bot: Bot,
     event: Event,
@@ -134,16 +135,18 @@ def hear(
         case Gap():
             if event.symbol is None and not event.reason.endswith("cannot be read"):
                 bot.streams[event.house] = event.reason
+                if event.house == "public":
+                    bot.prices.clear()
             hands.handle(event)
         case OrderSeen() | FillSeen() | PositionSeen():
             hands.handle(event)
 
-# %% ../../nbs/live/89_bot.ipynb #780f4905
+# %% ../../nbs/live/89_bot.ipynb #290a45f8
 def look_up_statuses(
     bot: Bot,
 ) -> None:
     "Each product's trading status, by REST."
-    if not bot.turn_of("status", 300.0):
+    if not bot.turn_of("status", 15.0 if bot.trading else 300.0):
         return
     try:
         listings = fetch_listings(str(bot.flight.executor.account.client.base_url), bot.symbols, BRIEF)
@@ -154,7 +157,7 @@ def look_up_statuses(
         return
     bot.trading = {name: status for name, status in bot.trading.items() if not name} | found if "" not in found else found
 
-# %% ../../nbs/live/89_bot.ipynb #a3ea4cd9
+# %% ../../nbs/live/89_bot.ipynb #349e239b
 DRAIN = 20.0  # seconds
 
 def pulled(
@@ -175,8 +178,11 @@ def heed(
     if bot.asked:
         drain(bot, bot.asked)
     if bot.draining:
-        doubtful = any(hands.state.books.intents[name].status in DOUBTFUL for name in hands.state.books.live)
-        bot.done = not doubtful or bot.monotonic() > bot.due["drain"]
+        books = hands.state.books
+        waiting = any(books.intents[name].status in DOUBTFUL for name in books.live) or books.flatten and not is_flat(hands.state)
+        bot.done = not waiting or bot.monotonic() > bot.due["drain"]
+        if waiting and bot.done:
+            bot.report(f"ended before everything was over: {', '.join(books.live) or 'something is still held'}", True)
 
 def drain(
     bot: Bot,
@@ -216,7 +222,7 @@ def guard(
         acknowledge(account, "delta-go", 0)
         bot.armed, bot.due["beat"] = (), -1e9
 
-# %% ../../nbs/live/89_bot.ipynb #3e61fe9b
+# %% ../../nbs/live/89_bot.ipynb #f4e1be16
 GRACE = 3.0  # seconds after a close without the stream's word
 
 def too_old(
@@ -256,6 +262,8 @@ def close_if_due(
     for key, why in refused.items() if not bot.causes else ():
         bot.report(f"{key} was not ordered: {why}")
     bot.heard = {opened: symbols for opened, symbols in bot.heard.items() if opened > bot.next_open}
+    del flight.executor.entries[:flight.log.read]  # they are in the journal, and in the log as far as they matter
+    flight.log.read = 0
     bot.next_open, bot.due["retry"] = bot.next_open + step, -1e9
     return True
 
@@ -275,7 +283,7 @@ def follow_equity(
         state = bot.flight.executor.state
         state.rules = replace(state.rules, max_notional=limit_of(bot.flight.limits, breakers.previous))
 
-# %% ../../nbs/live/89_bot.ipynb #b6c3e32a
+# %% ../../nbs/live/89_bot.ipynb #a5e4adc5
 def ask_models(
     bot: Bot,
 ) -> None:
@@ -283,15 +291,16 @@ def ask_models(
     flight = bot.flight
     if not bot.plan.services or not flight.windows or not bot.turn_of("models", 15.0 if flight.silent else 60.0):
         return
-    symbol, candles = next(iter(flight.windows.items()))
-    if len(candles) < WINDOW:
-        return
-    try:
-        flight.adviser.regime(candles)
-        flight.adviser.probability(symbol, np.full(len(PREDICTOR_FEATURES), np.nan))
-        flight.silent = {}
-    except (RetryError, InputError) as error:
-        flight.silent = {symbol: str(error)}
+    for symbol in list(flight.silent) or bot.symbols[:1]:
+        if len(candles := flight.windows[symbol]) < WINDOW or bot.next_open + bot.plan.step - bot.now < min(15.0, bot.plan.step / 4):
+            return  # a close is near, which asks anyway
+        try:
+            flight.adviser.regime(candles)
+            flight.adviser.probability(symbol, np.full(len(PREDICTOR_FEATURES), np.nan))
+            flight.silent.pop(symbol, None)
+        except (RetryError, InputError) as error:
+            flight.silent[symbol] = str(error)
+            return
 
 # %% ../../nbs/live/89_bot.ipynb #59233e61
 BOOT = 30.0  # seconds until what is still missing is told
@@ -370,12 +379,13 @@ def say(
     with contextlib.suppress(OSError):
         write_status(bot.plan.folder, status_of(bot, state))
 
-# %% ../../nbs/live/89_bot.ipynb #96408b1d
+# %% ../../nbs/live/89_bot.ipynb #d1e32f36
 def barrier(
     bot: Bot,
     symbol: str,
 ) -> str:  # empty if one may
     "Why no entry may be made in a symbol now."
+    bot.flight.executor.handle(Tick())  # models may have taken their time: read our orders anew where that is due
     if pulled(bot) or bot.draining or bot.asked:
         return f"kill switch: {bot.killed}" if bot.killed else f"draining: {bot.draining or bot.asked}"
     others = {name: cause for name, cause in causes_of(facts_of(bot)).items() if name != "services"}

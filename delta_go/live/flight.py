@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['EXITS', 'Trip', 'price_of', 'Logbook', 'note_fill', 'read_on', 'Flight', 'last_price', 'marked_equity',
-           'positions_of', 'present_at', 'pause', 'look_at_all', 'write_down', 'decide_bar', 'carry_out',
-           'note_payments', 'close_bar', 'decision_row', 'exit_reason', 'ledger_from']
+           'positions_of', 'present_at', 'pause', 'look_at_all', 'write_down', 'decide_bar', 'hindrance', 'mark_of',
+           'carry_out', 'note_payments', 'close_bar', 'decision_row', 'exit_reason', 'ledger_from']
 
-# %% ../../nbs/live/84_flight.ipynb #2b8d3c58
+# %% ../../nbs/live/84_flight.ipynb #764b9da5
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -23,7 +23,7 @@ from .account import balances, payments, position
 from .executor import Executor
 from ..market.candles import Candles
 from ..trading.decide import Position
-from ..trading.intents import DENIED, FOREIGN, LEG, SECOND, Entry, Place
+from ..trading.intents import DENIED, FOREIGN, LEG, SECOND, Entry, Place, marks_of
 from ..trading.ledger import settle
 from ..trading.messages import Answer
 from ..trading.pilot import Breakers, Seen, absent, decide_close, first_breakers, look, next_breakers, order_for, unadvised
@@ -116,7 +116,7 @@ def read_on(
     log.read = len(entries)
     return log
 
-# %% ../../nbs/live/84_flight.ipynb #2471c25d
+# %% ../../nbs/live/84_flight.ipynb #80bc2227
 @dataclass(slots=True)
 class Flight:
     "A bot between two closes."
@@ -130,6 +130,7 @@ class Flight:
     gated: bool = True                               # False: every signal is taken, breakers are off
     barrier: Callable[[str], str] = lambda symbol: ""     # why no entry may be made in a symbol now, empty if one may
     interrupted: Callable[[], bool] = lambda: False  # something is more urgent than this bar
+    price: Callable[[str], float | None] = lambda symbol: None  # of this moment, USD; None where nobody watches
     log: Logbook = field(default_factory=Logbook)
     windows: dict[str, Candles] = field(default_factory=dict)  # by symbol, of the last close
     silent: dict[str, str] = field(default_factory=dict)       # by symbol: why its models did not answer at the last close
@@ -166,7 +167,9 @@ def positions_of(
     "What is held, as a decision wants to know it."
     held = {}
     for symbol, trip in flight.log.open.items():
-        candles, came = flight.windows[symbol], trip.entries[0]["time_us"]
+        if (candles := flight.windows.get(symbol)) is None:
+            continue
+        came = trip.entries[0]["time_us"]
         held[symbol] = Position(trip.side, trip.open_size, int(((candles.time + candles.step) * SECOND > came).sum()), trip.decision["max_bars"])
     return held
 
@@ -218,7 +221,7 @@ def write_down(
             raise
         hands.write(entries, hands.now_us(), True)
 
-# %% ../../nbs/live/84_flight.ipynb #888c6683
+# %% ../../nbs/live/84_flight.ipynb #d758c7d5
 def decide_bar(
     flight: Flight,
     opened: int,            # open of the bar that has just closed, seconds UTC
@@ -237,22 +240,44 @@ def decide_bar(
     rows = [decision_row(decision, view, decision.symbol in present, versions) for decision, view in zip(decisions, seen)]
     write_down(flight, [*rows, Entry("equity", str(closed), {"time": closed, "step": step, "equity": equity, "breakers": asdict(breakers)})])
 
+def hindrance(
+    flight: Flight,
+    decision: Decision,  # to enter
+) -> str:                # empty if nothing is in the way
+    "Why an entry may not be sent now: the barrier, or a price that has run away since the close."
+    close, price = last_price(flight, decision.symbol), flight.price(decision.symbol)
+    if why := flight.barrier(decision.symbol):
+        return why
+    if not math.isfinite(close) or (price is not None and abs(price - close) > abs(close - decision.stop) / 2):
+        return f"the price is {price}, {close:g} at the close: it has run half the way to the stop, or is not known"
+    return ""
+
+def mark_of(
+    flight: Flight,
+    symbol: str,
+) -> Decimal:  # USD
+    "The last price that is known, at worst of the last order."
+    price = last_price(flight, symbol)
+    return Decimal(repr(price)) if math.isfinite(price) else marks_of(flight.executor.state.books).get(symbol, Decimal(0))
+
 def carry_out(
     flight: Flight,
     opened: int,
 ) -> dict[str, str]:  # decisions that became no order, and why
     "Make an order of each of the bar's decisions that has none yet."
     log = read_on(flight.log, flight.executor.entries)
-    waiting = {key: body for key, body in log.decisions.items() if body["time"] == opened and key not in log.settled}
-    refused = {}
-    for key, body in waiting.items():
-        decision, held = Decision(**{field.name: body[field.name] for field in fields(Decision)}), positions_of(flight).get(body["symbol"])
-        why = flight.barrier(decision.symbol) if decision.action == "enter" else "" if held else "nothing is held any more"
-        if not why and (order := order_for(decision, held, "wish")):
-            why = "; ".join(no.reason for no in flight.executor.handle(Place(order, Decimal(repr(last_price(flight, decision.symbol))), key)))
-        if why and (decision.action == "enter" or not held):
+    waiting = [(key, body) for key, body in log.decisions.items() if body["time"] == opened and key not in log.settled]
+    refused, wishes, owed, positions = dict[str, str](), list[Place](), set[str](), positions_of(flight)
+    for key, body in sorted(waiting, key=lambda item: item[1]["action"] == "enter"):
+        decision, held = Decision(**{field.name: body[field.name] for field in fields(Decision)}), positions.get(body["symbol"])
+        if why := hindrance(flight, decision) if decision.action == "enter" else "" if held else "nothing is held any more":
             refused[key] = why
-            write_down(flight, [Entry("refused", key, {"symbol": decision.symbol, "time": opened, "reason": why})])
+        elif order := order_for(decision, held, "wish"):
+            owed |= {key} if decision.action == "exit" else set()
+            wishes.append(Place(order, mark_of(flight, decision.symbol), key))
+    refused |= {no.wish.reason: no.reason for no in flight.executor.handle(*wishes) if no.wish.reason not in owed}
+    if refused:
+        write_down(flight, [Entry("refused", key, {"symbol": key.rpartition(":")[0], "time": opened, "reason": why}) for key, why in refused.items()])
     read_on(log, flight.executor.entries)
     return refused
 

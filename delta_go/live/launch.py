@@ -72,7 +72,7 @@ def place_of(
     wire = "ws" + settings.base_url.rstrip("/").removeprefix("http")
     return Place(settings.base_url.rstrip("/"), f"{wire}/public", f"{wire}/private")
 
-# %% ../../nbs/live/92_launch.ipynb #acaa726b
+# %% ../../nbs/live/92_launch.ipynb #020326ec
 SENTENCE = "I trade real money and accept its loss"
 
 def refusals(
@@ -84,10 +84,10 @@ def refusals(
     checks = [
         (settings.mode == "live" and settings.acknowledged != SENTENCE, f'DELTA_LIVE_ACKNOWLEDGED: live trading needs the sentence "{SENTENCE}"'),
         (settings.mode == "live" and verdict != "trade", f"models: live trading needs a champion whose verdict is trade, this one's is {verdict!r}; retrain, or trade on paper"),
-        (settings.mode != "paper" and not (settings.api_key.get_secret_value() and settings.api_secret.get_secret_value()), f"DELTA_API_KEY and DELTA_API_SECRET: mode {settings.mode} needs both; make a key on the exchange's page"),
+        (settings.mode != "paper" and not (settings.api_key.get_secret_value() and settings.api_secret.get_secret_value()), f"mode {settings.mode} needs DELTA_API_KEY and DELTA_API_SECRET; make a key on the exchange's page"),
         (bool(settings.detector) != bool(settings.predictor), "HMM_ENDPOINT and TRADE_PREDICTOR_ENDPOINT: expected both or none, got one"),
         (settings.clock_speed != 1 and not here, "DELTA_CLOCK_SPEED: expected 1; only an exchange on this machine runs faster"),
-        (settings.service_auth == "api_key" and not settings.service_key.get_secret_value(), "DELTA_SERVICE_KEY: expected the services' key with DELTA_SERVICE_AUTH=api_key, got none"),
+        (settings.service_auth == "api_key" and not settings.service_key.get_secret_value(), "DELTA_SERVICE_AUTH=api_key needs the services' key in DELTA_SERVICE_KEY"),
     ]
     return [words for fault, words in checks if fault]
 
@@ -141,7 +141,7 @@ def use_leverage(
         if not isinstance(outcome, Accepted):
             raise RetryError(f"{symbol}: the exchange did not say whether it took the leverage; start again")
 
-# %% ../../nbs/live/92_launch.ipynb #0bf81793
+# %% ../../nbs/live/92_launch.ipynb #7ca73948
 def claim(
     owner: str,       # mode, exchange and account
 ) -> socket.socket:   # keeps the claim until it is closed
@@ -160,7 +160,7 @@ def check_owner(
     step: int,         # seconds between two closes
 ) -> None:
     "InputError where the journal is another account's, or counts in other bars."
-    before = next((entry_of(row).body["step"] for row in reversed(rows) if row.kind == "equity"), step)
+    before = next((entry_of(row).body.get("step", step) for row in reversed(rows) if row.kind == "equity"), step)
     if before != step:
         raise InputError(f"journal: it was kept in bars of {before} seconds, these models decide in bars of {step}; close what is held, then choose another DELTA_STATE_DIR")
     if rows and (first := entry_of(rows[0]).body["holder"]) != owner:
@@ -239,7 +239,7 @@ def on_paper(
         wire = "ws" + exchange.url.removeprefix("http")
         yield Place(exchange.url, f"{wire}/public", f"{wire}/private"), Credentials(*key)
 
-# %% ../../nbs/live/92_launch.ipynb #45a00a52
+# %% ../../nbs/live/92_launch.ipynb #c26d4e8c
 def take_off(
     settings: Settings,
     stack: contextlib.ExitStack,   # closes whatever is opened
@@ -257,6 +257,7 @@ def take_off(
     if settings.mode == "paper":
         place, credentials = stack.enter_context(on_paper(settings, place, manifest.resolution, folder))
     account = board(settings, place, credentials, products)
+    stack.callback(account.client.close)
     owner = f"{settings.mode} {check_key(account)}"
     stack.callback(claim(f"{owner} {folder.resolve() if settings.mode == 'paper' else account.client.base_url.port}").close)
     use_leverage(account, limits.leverage)
