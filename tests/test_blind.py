@@ -153,7 +153,7 @@ def refused_login(ground: Ground, home: Path) -> None:
     with trial(minute_market(ground.data), home, ground.models) as bot:
         well(bot)
         REFUSING.add(id(bot.exchange.desk))
-        inject(bot.exchange, Rule("down", seconds=1.0))
+        inject(bot.exchange, Rule("down", seconds=6.0))
         with spell(bot, "stream", "private stream is not heard", over=lambda: REFUSING.discard(id(bot.exchange.desk))) as dark:
             until(lambda: "login refused" in bot.status().streams["private"], "the reason", bot)
             until(lambda: dark.enters() and dark.time_exits(), "a refused signal and a time exit", bot)
@@ -220,9 +220,10 @@ def restarted_exchange(ground: Ground, home: Path) -> None:
     """Gone without warning, then an auction."""
     with trial(minute_market(ground.data), home, ground.models) as bot:
         well(bot)
-        inject(bot.exchange, Rule("down", seconds=40.0, auction=150.0))
+        inject(bot.exchange, Rule("down", seconds=40.0, auction=210.0))
         with spell(bot, "exchange", "our orders|is disrupted", once=False) as dark:
             until(lambda: any("disrupted_post_only" in words for words in bot.causes().values()), "the auction is known", bot)
+            dark.since = 0.0
             until(lambda: not dark.see("exchange"), "the end of the auction", bot)
             assert dark.enters()
         assert bot.end() == 0
@@ -340,39 +341,6 @@ def full_disk(ground: Ground, home: Path) -> None:
         subprocess.run(["umount", "-l", str(disk)], check=False)
 
 
-TRIALS: dict[str, Callable[[Ground, Path], None]] = {
-    "500s and 429s": storm, "login refused": refused_login, "silent sockets": silent_sockets, "stale candles": stale_candles, "maintenance": closed_exchange, "restart": restarted_exchange,
-    "quota": scarce_quota, "our clock": jumping_clock, "their clock": leaping_exchange, "no key for the services": strange_key, "disk full": full_disk,
-    "services down": lambda ground, home: services(ground, home, "down", "no answer"), "services garbage": lambda ground, home: services(ground, home, "garbage", "expected"),
-    "services slow": lambda ground, home: services(ground, home, "slow", "no answer"), "services of other models": lambda ground, home: services(ground, home, "others", "deploy both services")}
-
-
-@pytest.fixture(scope="module")
-def flights(ground: Ground, request: pytest.FixtureRequest) -> Iterator[dict[str, Future[None]]]:
-    """Every trial that was asked for, all in the air at once: they wait most of the time."""
-    names = [item.callspec.params["name"] for item in request.session.items if getattr(item, "function", None) is test_blind]
-    with ThreadPoolExecutor(int(os.environ.get("BLIND_AT_ONCE", "7"))) as pool:
-        yield {name: pool.submit(TRIALS[name], ground, ground.home / name.replace(" ", "_")) for name in names}
-
-
-@pytest.mark.parametrize("name", TRIALS)
-def test_blind(name: str, flights: dict[str, Future[None]]) -> None:
-    """No entry, exits and stops still managed, one clear message; and well again afterwards."""
-    flights[name].result()
-
-
-@pytest.mark.parametrize("wrong, cure", [({"DELTA_API_KEY": "a-key-of-the-other-place"}, "testnet keys do not work on production and the reverse, check DELTA_MODE and DELTA_API_KEY"),
-                                         ({"DELTA_API_SECRET": "another-secret"}, "check DELTA_API_SECRET"), ({"DELTA_API_SECRET": ""}, "make a key on the exchange's page")])
-def test_a_key_of_another_environment_ends_the_start(ground: Ground, tmp_path: Path, wrong: dict[str, str], cure: str) -> None:
-    """One line with the cure, exit code 2, nothing begun."""
-    with emulated(minute_market(ground.data)) as exchange:
-        done = subprocess.run([sys.executable, "-c", RUN, "bot"], env=environment(exchange.url, ground.models, tmp_path / "state", **wrong), capture_output=True, text=True, timeout=60)
-        assert done.returncode == 2 and done.stdout.count("\n") <= 1  # the log's line
-        assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and cure in done.stderr
-        assert not any(account.orders for account in exchange.desk.exchange.accounts.values())
-        assert not list((tmp_path / "state").rglob("journal.db"))
-
-
 # Secrets --------------------------------------------------------------------------------------------------------------------
 
 PLANTED = {"DELTA_API_KEY": "Planted+Key/of=the-exchange&5821", "DELTA_API_SECRET": "Planted+Secret/of=the-exchange&7734", "DELTA_SERVICE_KEY": "Planted+Service/key=of-both&0123456789ab",
@@ -418,22 +386,16 @@ def fetch(url: str, body: bytes | None = None, **headers: str) -> bytes:
         return str(error.headers).encode() + error.read()
 
 
-def test_a_secret_in_any_dress_is_found() -> None:
-    """The search would notice."""
-    for secret in PLANTED.values():
-        for dress in (secret, urllib.parse.quote(secret, safe=""), base64.b64encode(f"user:{secret}".encode()).decode(), secret.encode().hex(), json.dumps({"a": secret})):
-            assert traces(f"some {dress} text".encode(), "a text"), dress
-
-
-def test_secrets_stay_secret(ground: Ground, tmp_path: Path) -> None:
+def secrets(ground: Ground, home: Path) -> None:
     """Errors that echo keys, refused logins, a phone that fails, visitors with wrong keys, a crash that shows every object: no secret is in anything that anybody can read."""
-    letters, flag, port = list[bytes](), tmp_path / "stumble", free_port()
+    home.mkdir()
+    letters, flag, port = list[bytes](), home / "stumble", free_port()
     phone = Phone(letters)
     first, second = Mangler(ground.detector.port), Mangler(ground.predictor.port)
     told = {**PLANTED, "DELTA_NOTIFY": f"json://visitor:{TOKEN}@127.0.0.1:{phone.port}/{TOKEN}?+X-Token={TOKEN}", "DELTA_STATUS_PORT": str(port), "DELTA_SERVICE_AUTH": "api_key",
             "HMM_ENDPOINT": first.url, "TRADE_PREDICTOR_ENDPOINT": second.url, "LOG_LEVEL": "DEBUG"}
     setup = minute_market(ground.data, keys=((PLANTED["DELTA_API_KEY"], PLANTED["DELTA_API_SECRET"]),))
-    with contextlib.closing(phone), contextlib.closing(first), contextlib.closing(second), trial(setup, tmp_path / "bot", ground.models, CRASH.format(flag=str(flag)) + EAGER, **told) as bot:
+    with contextlib.closing(phone), contextlib.closing(first), contextlib.closing(second), trial(setup, home / "bot", ground.models, CRASH.format(flag=str(flag)) + EAGER, **told) as bot:
         def seen() -> list[str]:
             page = f"http://127.0.0.1:{port}"
             wrong = json.dumps({"key": "no key of this page at all 0123456789", "who": "x", "why": "y"}).encode()
@@ -452,7 +414,7 @@ def test_secrets_stay_secret(ground: Ground, tmp_path: Path) -> None:
         first.turn("good")
         second.turn("good")
         REFUSING.add(id(bot.exchange.desk))
-        inject(bot.exchange, Rule("down", seconds=1.0))
+        inject(bot.exchange, Rule("down", seconds=6.0))
         until(lambda: "login refused" in bot.status().streams["private"], "a refused login", bot)
         rows = len(bot.rows("decision"))
         until(lambda: len(bot.rows("decision")) > rows, "a bar", bot)
@@ -460,8 +422,53 @@ def test_secrets_stay_secret(ground: Ground, tmp_path: Path) -> None:
         flag.touch()
         assert bot.process.wait(60) == 1
         assert b"planted: " in bot.log.read_bytes() and b"Settings(starting_equity" in flag.with_suffix(".objects").read_bytes()
-        files = [path for path in tmp_path.rglob("*") if path.is_file() and path != flag]
+        files = [path for path in home.rglob("*") if path.is_file() and path != flag]
         assert len(files) > 5 and letters
-        found += [trace for path in files for trace in traces(path.read_bytes(), path.name)] + [trace for path in tmp_path.rglob("*") for trace in traces(str(path).encode(), "a name")]
+        found += [trace for path in files for trace in traces(path.read_bytes(), path.name)] + [trace for path in home.rglob("*") for trace in traces(str(path).encode(), "a name")]
         found += [trace for letter in letters for trace in traces(letter, "a letter")]
     assert not found, "\n".join(found)
+
+
+# All of them ----------------------------------------------------------------------------------------------------------------
+
+TRIALS: dict[str, Callable[[Ground, Path], None]] = {
+    "500s and 429s": storm, "login refused": refused_login, "silent sockets": silent_sockets, "stale candles": stale_candles, "maintenance": closed_exchange, "restart": restarted_exchange,
+    "quota": scarce_quota, "our clock": jumping_clock, "their clock": leaping_exchange, "no key for the services": strange_key, "disk full": full_disk, "secrets": secrets,
+    "services down": lambda ground, home: services(ground, home, "down", "no answer"), "services garbage": lambda ground, home: services(ground, home, "garbage", "expected"),
+    "services slow": lambda ground, home: services(ground, home, "slow", "no answer"), "services of other models": lambda ground, home: services(ground, home, "others", "deploy both services")}
+
+
+LONG = ("stale candles", "quota", "services garbage", "services slow")  # too long for every day
+
+
+@pytest.fixture(scope="module")
+def flights(ground: Ground, request: pytest.FixtureRequest) -> Iterator[dict[str, Future[None]]]:
+    """Every trial that was asked for, all in the air at once: they wait most of the time."""
+    names = [item.callspec.params["name"] for item in request.session.items if getattr(item, "function", None) is test_blind]
+    with ThreadPoolExecutor(int(os.environ.get("BLIND_AT_ONCE", "12"))) as pool:
+        yield {name: pool.submit(TRIALS[name], ground, ground.home / name.replace(" ", "_")) for name in names}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG)) for name in TRIALS])
+def test_blind(name: str, flights: dict[str, Future[None]]) -> None:
+    """No entry, exits and stops still managed, one clear message; and well again afterwards."""
+    flights[name].result()
+
+
+@pytest.mark.parametrize("wrong, cure", [({"DELTA_API_KEY": "a-key-of-the-other-place"}, "testnet keys do not work on production and the reverse, check DELTA_MODE and DELTA_API_KEY"),
+                                         ({"DELTA_API_SECRET": "another-secret"}, "check DELTA_API_SECRET"), ({"DELTA_API_SECRET": ""}, "make a key on the exchange's page")])
+def test_a_key_of_another_environment_ends_the_start(ground: Ground, tmp_path: Path, wrong: dict[str, str], cure: str) -> None:
+    """One line with the cure, exit code 2, nothing begun."""
+    with emulated(minute_market(ground.data)) as exchange:
+        done = subprocess.run([sys.executable, "-c", RUN, "bot"], env=environment(exchange.url, ground.models, tmp_path / "state", **wrong), capture_output=True, text=True, timeout=60)
+        assert done.returncode == 2 and done.stdout.count("\n") <= 1  # the log's line
+        assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and cure in done.stderr
+        assert not any(account.orders for account in exchange.desk.exchange.accounts.values())
+        assert not list((tmp_path / "state").rglob("journal.db"))
+
+
+def test_a_secret_in_any_dress_is_found() -> None:
+    """The search would notice."""
+    for secret in PLANTED.values():
+        for dress in (secret, urllib.parse.quote(secret, safe=""), base64.b64encode(f"user:{secret}".encode()).decode(), secret.encode().hex(), json.dumps({"a": secret})):
+            assert traces(f"some {dress} text".encode(), "a text"), dress
