@@ -49,6 +49,7 @@ class Stage:
     clock: Hands
     models: Path
     home: Path
+    lead: float   # seconds that a bot needs to start, generously
     port: int = 0
     bots: list[Popen[bytes]] = field(default_factory=list)
 
@@ -94,24 +95,31 @@ def resting(truth: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def ground(tmp_path_factory) -> tuple[Path, Path]:
-    """Candles and models."""
+def ground(tmp_path_factory) -> tuple[Path, Path, float]:
+    """Candles, models, and how many seconds before a close a bot had better start on this machine."""
     home = tmp_path_factory.mktemp("ground")
-    return minute_data(home / "data", first=7_868 - 250, bars=300), minute_models(home / "models")
+    data, models = minute_data(home / "data", first=7_868 - 250, bars=300), minute_models(home / "models")
+    with running(minute_market(data, speed=1.0)) as exchange:
+        began, bot = time.monotonic(), start(environment(exchange.url, models, home, DELTA_CLOCK_SPEED="1"), home / "log")
+        assert wait_for(lambda: state_in(home / "testnet") == "RUNNING", 60)
+        took = time.monotonic() - began
+        bot.kill()
+        bot.wait()
+    return data, models, min(50.0, 4.0 + 2.0 * took)
 
 
 @pytest.fixture
 def stage(ground, tmp_path) -> Iterator[Callable[..., Stage]]:
-    """Makes a stage whose market is so many seconds old."""
-    data, models = ground
+    """Makes a stage whose first close comes when a bot has had time to start."""
+    data, models, lead = ground
     with contextlib.ExitStack() as stack:
-        def make(*rules: Rule, at: float = FIRST - 8) -> Stage:
+        def make(*rules: Rule) -> Stage:
             clock = Hands()
             exchange = stack.enter_context(running(minute_market(data, speed=1.0, script=Script(tuple(rules))), clock))
-            made = Stage(exchange, clock, models, tmp_path / "bot")
+            made = Stage(exchange, clock, models, tmp_path / "bot", lead)
             made.home.mkdir()
             stack.callback(lambda: [(bot.kill(), bot.wait()) for bot in made.bots if bot.poll() is None])
-            made.wind(at)
+            made.wind(FIRST - lead)
             return made
         yield make
 
@@ -159,7 +167,7 @@ def stays_halted(stage: Stage) -> None:
     before, bot = len(stage.intents()), stage.bots[-1]
     bot.send_signal(signal.SIGTERM)
     assert bot.wait(25) == 0
-    stage.wind(AGAIN - 8)
+    stage.wind(AGAIN - stage.lead)
     bot = stage.board()
     time.sleep(1)
     assert wait_for(lambda: state_in(stage.folder) == "HALTED", 15), stage.log()[-3000:]
@@ -263,7 +271,7 @@ def test_while_the_services_are_slow(stage, sleepy, way):
     here, (address, asked) = stage(), sleepy
     enter(here)
     die(here)
-    here.wind(AGAIN - 8)
+    here.wind(AGAIN - here.lead)
     here.board(HMM_ENDPOINT=address, TRADE_PREDICTOR_ENDPOINT=address)
     assert asked.wait(60)
     time.sleep(0.2)
@@ -344,7 +352,7 @@ def test_while_every_answer_takes_its_time(stage, way):
     here = stage(Rule("slow", "GET /v2/*", start=AGAIN - 1.0, seconds=2.5))
     enter(here)
     die(here)
-    here.wind(AGAIN - 8)
+    here.wind(AGAIN - here.lead)
     here.board()
     assert wait_for(lambda: here.truth()["at"] > AGAIN + 0.5, 30)
     assert held(here.truth())
@@ -414,7 +422,7 @@ def test_a_person_clears_it(stage):
     kill(here, "page")
     here.bots[-1].send_signal(signal.SIGTERM)
     assert here.bots[-1].wait(25) == 0
-    here.wind(AGAIN - 8)
+    here.wind(AGAIN - here.lead)
     here.board("--clear", "Ada")
     assert wait_for(lambda: held(here.truth()), 150), here.log()
     assert state_in(here.folder) == "RUNNING" and not (here.folder / "KILL").exists()
