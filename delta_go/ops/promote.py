@@ -231,7 +231,7 @@ def judge_serve(case: Case) -> Line:
     told = f"{asked} golden requests, largest difference {worst:.1g}" + (f"; other models answered for {', '.join(sorted(foreign))}" if foreign else "")
     return line("serve", worst <= TOLERANCE and not foreign and asked > 0, told, requests=asked, largest_difference=worst)
 
-# %% ../../nbs/ops/96_promote.ipynb #7e763a05
+# %% ../../nbs/ops/96_promote.ipynb #5df526dc
 def training_market(case: Case) -> LoadedMarket:
     "The candles that the candidate was trained on; InputError where these are others."
     spans, cut = case.candidate.manifest.files[PREDICTOR_FILE]["data"], {}
@@ -242,9 +242,9 @@ def training_market(case: Case) -> LoadedMarket:
             raise InputError(f"{symbol}: the candles from {date(span['start'])} to {date(span['end'])} are not the ones of the training; bring the same data")
     return replace(case.market, candles=cut, regimes=None)
 
-def retrain(case: Case) -> Manifest:
-    "Train the candidate again, from its manifest and the candles."
-    market, files, models = training_market(case), case.candidate.manifest.files, case.candidate.regimes
+def retrain(case: Case, market: LoadedMarket) -> Manifest:
+    "Train the candidate again, from its manifest and its candles."
+    files, models = case.candidate.manifest.files, case.candidate.regimes
     seed, restarts = int(files[PREDICTOR_FILE]["seeds"][0]), int(next(iter(models.values())).meta["restarts"])
     aligned = any(files[regime_file(symbol)]["metrics"].get("champion_agreement") is not None for symbol in models)
     settings, payments = TrainSettings(restarts=restarts, least_candles=0, costs=costs_from(load_settings())), {symbol: market.payments(symbol) for symbol in models}
@@ -259,8 +259,8 @@ def retrain(case: Case) -> Manifest:
 
 def judge_determinism(case: Case) -> Line:
     "The same data, seed and champion give the same bytes."
-    again = replace(parse_manifest(read_current(find_set(case.proof)[0], MANIFEST_FILE)), approval=None) if case.proof else retrain(case)
-    mine = case.candidate.manifest
+    market, mine = training_market(case), case.candidate.manifest
+    again = replace(parse_manifest(read_current(find_set(case.proof)[0], MANIFEST_FILE)), approval=None) if case.proof else retrain(case, market)
     other = [name for name in sorted({*mine.files, *again.files}) if mine.files.get(name, {}).get("sha256") != again.files.get(name, {}).get("sha256")]
     same = manifest_bytes(again) == case.contents[MANIFEST_FILE]
     how = "a second run" if case.proof else "training again"
