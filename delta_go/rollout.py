@@ -41,7 +41,7 @@ class Split(msgspec.Struct, frozen=True):
     address: str              # of the service
     tagged: dict[str, str]    # address by tag
 
-# %% ../nbs/05_rollout.ipynb #cebd6e25
+# %% ../nbs/05_rollout.ipynb #a525a415
 def split_of(
     service: Any,  # one service as gcloud describes it
 ) -> Split:
@@ -62,7 +62,9 @@ def read_splits(
 ) -> dict[str, Split]:      # by service; one that is not there is absent
     "The traffic of our services, or a `DeployFault`."
     try:
-        return {item["metadata"]["name"]: split_of(item) for item in json.loads(text) if item["metadata"]["name"] in SERVICES}
+        if type(listed := json.loads(text)) is not list:
+            raise TypeError(type(listed).__name__)
+        return {item["metadata"]["name"]: split_of(item) for item in listed if item["metadata"]["name"] in SERVICES}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DeployFault(f"services: expected a list in JSON with all traffic accounted for, got something else ({short(repr(error), 120)})") from None
 
@@ -78,7 +80,7 @@ def mixed(
         parts[name] = rest - sum(parts.values()) if place == len(old) - 1 else share * rest // 100
     return {name: share for name, share in {**parts, new: percent}.items() if share > 0}
 
-# %% ../nbs/05_rollout.ipynb #df1a4a5e
+# %% ../nbs/05_rollout.ipynb #211df69a
 class Target(msgspec.Struct, frozen=True):
     "Where to."
     env: str                       # staging or production
@@ -87,10 +89,11 @@ class Target(msgspec.Struct, frozen=True):
     repository: str = ""           # of images, such as us-central1-docker.pkg.dev/PROJECT/delta-go
     zone: str = "us-central1-a"    # of the bot's machine
     caller: str = ""               # account whose identity tokens the services accept; empty: our own
+    number: str = ""               # of the project, which stands in its services' addresses
 
     def __post_init__(self) -> None:
         for name, pattern in {"env": "staging|production", "project": "[a-z][a-z0-9-]{4,29}", "region": "[a-z]+-[a-z]+[0-9]", "zone": "[a-z]+-[a-z]+[0-9]-[a-z]",
-                              "repository": r"|[a-z0-9-]+-docker\.pkg\.dev/[a-z0-9-]+/[a-z0-9-]+", "caller": r"|[a-z0-9-]+@[a-z0-9.-]+"}.items():
+                              "repository": r"|[a-z0-9-]+-docker\.pkg\.dev/[a-z0-9-]+/[a-z0-9-]+", "caller": r"|[a-z0-9-]+@[a-z0-9.-]+", "number": "[0-9]*"}.items():
             if not re.fullmatch(pattern, getattr(self, name)):
                 raise InputError(f"{name}: expected something like {pattern}, got {short(getattr(self, name), 80)!r}; see deploy --help")
 
@@ -316,7 +319,7 @@ def variable_words(
     words = pairs({name: f"{place['name']}:{place['key']}" for name, place in secret.items()})
     return [f"--set-env-vars=^|^{'|'.join(plain)}" if plain else "--clear-env-vars", f"--set-secrets={words}" if words else "--clear-secrets"]
 
-# %% ../nbs/05_rollout.ipynb #ab5823ac
+# %% ../nbs/05_rollout.ipynb #e16bdbe0
 def flags_of(
     manifest: Mapping[str, Any],  # a Knative service
 ) -> tuple[str, ...]:
@@ -329,7 +332,9 @@ def flags_of(
     flags += [f"--{'' if str(value).lower() == 'true' else 'no-'}{SWITCHES[name]}" for name, value in notes.items() if name in SWITCHES]
     flags += [flag.format(spec.pop(key)) for key, flag in (("containerConcurrency", "--concurrency={}"), ("timeoutSeconds", "--timeout={}"), ("serviceAccountName", "--service-account={}")) if key in spec]
     flags += [f"--{key}={value}" for key, value in inside.pop("resources", {}).get("limits", {}).items()]
-    flags += [f"--port={port['containerPort']}" for port in inside.pop("ports", ())]
+    flags += [f"--port={port['containerPort']}" for port in inside.pop("ports", ()) if port.get("name", "http1") == "http1"]
+    labels = {name: value for name, value in manifest["metadata"].get("labels", {}).items() if name != "cloud.googleapis.com/location"}
+    flags += [f"--labels={pairs(labels)}"] * bool(labels)
     flags += [f"--{kind}-probe={probe_words(inside.pop(f'{kind}Probe'))}" for kind in ("startup", "liveness") if f"{kind}Probe" in inside]
     flags += variable_words(inside.pop("env", ()))
     unknown = [*(name for name in notes if name not in ANNOTATIONS and name not in SWITCHES), *spec, *(set(inside) - {"image", "name"}), *(set(manifest["spec"]) - {"template", "traffic"})]

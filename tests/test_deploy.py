@@ -559,7 +559,47 @@ def test_flags_are_gcloud_s_own(tmp_path):
               ["run", "services", "update-traffic", "hmm-detector", "--to-revisions=a=100", "--clear-tags", "--project=p", "--region=us-central1", "--format=json", "--quiet"],
               ["run", "services", "delete", "hmm-detector", "--project=p", "--region=us-central1", "--format=json", "--quiet"]]
     import shlex
-    for words in [*{words[0] + words[1] + words[2]: words for words in seen.values()}.values(), *extra]:
+    for words in [*{tuple(words[:3]): words for words in seen.values()}.values(), *extra]:
+        words = ["--command=words" if word.startswith("--command=") else word for word in words]  # those of a shell, see below
         done = subprocess.run(["gcloud", "meta", "lint-gcloud-commands", f"--command-string=gcloud {shlex.join(words)}"], capture_output=True, text=True, timeout=120)
         told = json.loads(done.stdout)[0]
         assert told["success"], (words, told["error_message"])
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_words_for_the_machine_are_shell(name):
+    """The bot's machine can read its commands, with an image put in."""
+    assert subprocess.run(["sh", "-n", "-c", COMMANDS[name].replace("{image}", NEW["bot"])], capture_output=True).returncode == 0
+    assert COMMANDS[name].count("{") == ("{image}" in COMMANDS[name])
+
+
+@pytest.mark.parametrize("env", ["staging", "production"])
+@pytest.mark.parametrize("name", SERVICES)
+def test_committed_manifests_have_flags(env, name):
+    """Every setting of the manifests in deploy/ reaches the call; the number of the project is asked for."""
+    target = Target(env, "delta-go-live", number="123456")
+    flags = room.read_flags(ROOT, target, name)
+    assert f"--service-account={name}@delta-go-live.iam.gserviceaccount.com" in flags and "PROJECT" not in " ".join(flags).replace("GOOGLE_CLOUD_PROJECT", "")
+    assert room.audience_of(msgspec.structs.replace(first(), flags={name: flags}), name) == f"https://{name}-123456.us-central1.run.app"
+    with pytest.raises(InputError, match="project number"):
+        room.read_flags(ROOT, Target(env, "delta-go-live"), name)
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_function_form_answers(tmp_path, name):
+    """The staged function, alone in a fresh interpreter, answers a recorded question through Flask as the framework calls it."""
+    folder = stage(ROOT, tmp_path / "out", name, "function")
+    question = next(question for question in room.golden_questions(ROOT / "models")[1] if question.service == name)
+    (tmp_path / "question").write_bytes(question.body)
+    code = f"""
+import sys, pathlib, flask
+sys.path[:0] = [{str(folder)!r}]
+import main, delta_go
+assert delta_go.__file__.startswith({str(folder)!r})
+app = flask.Flask("functions")
+app.add_url_rule("/", view_func=lambda: main.{SERVICES[name][1:]}(flask.request), methods=["POST"])
+print(app.test_client().post("/", data=pathlib.Path({str(tmp_path / 'question')!r}).read_bytes(), content_type="application/json").text)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, env={"PATH": os.environ["PATH"]})
+    assert done.returncode == 0, done.stderr
+    assert question.read(done.stdout.strip().splitlines()[-1].encode(), MODELS) == pytest.approx(question.answers, abs=1e-9)
