@@ -223,9 +223,9 @@ def restarted_exchange(ground: Ground, home: Path) -> None:
         inject(bot.exchange, Rule("down", seconds=40.0, auction=210.0))
         with spell(bot, "exchange", "our orders|is disrupted", once=False) as dark:
             until(lambda: any("disrupted_post_only" in words for words in bot.causes().values()), "the auction is known", bot)
-            dark.since = 0.0
+            held, dark.since = bot.held(), 0.0
             until(lambda: not dark.see("exchange"), "the end of the auction", bot)
-            assert dark.enters()
+            assert dark.enters() or len(held) == 3, "no signal, although something was flat"
         assert bot.end() == 0
 
 
