@@ -1,0 +1,466 @@
+"""What is in deploy/, read as data: manifests against a closed schema, pins, images, probes, identities, alarms that fire."""
+import base64
+import copy
+import fnmatch
+import importlib.metadata
+import json
+import logging
+import math
+import operator
+import os
+import re
+import stat
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import jsonschema
+import msgspec
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from prometheus_client.parser import text_string_to_metric_families
+
+from delta_go.live.bot import DRAIN
+from delta_go.live.status import Account, Holding, ServiceView, Sight, Status, metrics_text
+from delta_go.serving.access import OPEN_PATHS, read_settings
+from delta_go.serving.predict_trade import create_app
+from delta_go.serving.server import GRACE
+from delta_go.serving.telemetry import JsonFormatter
+
+ROOT = Path(__file__).parent.parent
+DEPLOY = ROOT / "deploy"
+SERVICES = ("hmm-detector", "trade-predictor")
+PARTS = (*SERVICES, "bot")
+MANIFESTS = {path.name: yaml.safe_load(path.read_text()) for path in sorted(DEPLOY.glob("*.*.yaml"))}
+VALIDATOR = jsonschema.Draft202012Validator(json.loads((DEPLOY / "schema/service.json").read_text()))
+ALERTS = {path.stem: yaml.safe_load(path.read_text()) for path in sorted((DEPLOY / "alerts").glob("*.yaml"))}
+LOG_METRICS = {path.stem: yaml.safe_load(path.read_text()) for path in sorted((DEPLOY / "alerts/log-metrics").glob("*.yaml"))}
+EVERY_FILE = [path for path in sorted(DEPLOY.rglob("*")) if path.is_file() and "__pycache__" not in path.parts]
+
+
+def pins_of(path: Path) -> dict[str, str]:
+    lines = [line.split("#")[0].strip() for line in path.read_text().splitlines()]
+    return {canonicalize_name(name): version for name, same, version in (line.partition("==") for line in lines if line) if same or pytest.fail(f"{path.name}: {name} is not pinned")}
+
+
+def container_of(manifest: dict) -> dict:
+    return manifest["spec"]["template"]["spec"]["containers"][0]
+
+
+def environ_of(manifest: dict) -> dict[str, str]:
+    return {item["name"]: item["value"] for item in container_of(manifest)["env"] if "value" in item}
+
+
+# Manifests
+
+
+def test_there_is_one_manifest_for_each_service_and_place():
+    assert set(MANIFESTS) == {f"{name}.{place}.yaml" for name in SERVICES for place in ("staging", "production")}
+
+
+@pytest.mark.parametrize("file", MANIFESTS)
+def test_manifest(file):
+    """The schema, and what a schema cannot say."""
+    manifest, (name, place, _) = MANIFESTS[file], file.split(".")
+    assert not [f"{'/'.join(map(str, error.path))}: {error.message}" for error in VALIDATOR.iter_errors(manifest)]
+    template, box = manifest["spec"]["template"], container_of(manifest)
+    notes, spec, environ = template["metadata"]["annotations"], template["spec"], environ_of(manifest)
+    assert (manifest["metadata"]["name"], manifest["metadata"]["labels"]["environment"], box["name"]) == (name, place, name)
+    assert spec["serviceAccountName"].startswith(f"{name}@") and f"/{name}:" in box["image"]
+    assert 1 <= int(notes["autoscaling.knative.dev/minScale"]) <= int(notes["autoscaling.knative.dev/maxScale"])
+    assert spec["containerConcurrency"] == int(environ["SERVICE_THREADS"]) + int(environ["SERVICE_QUEUE"]) - 2, "two places are for probes"
+    assert GRACE < spec["timeoutSeconds"] <= 10
+    startup, live = box["startupProbe"], box["livenessProbe"]
+    assert (startup["httpGet"]["path"], live["httpGet"]["path"]) == ("/health/startup", "/health/live") and {"/health/startup", "/health/live"} <= OPEN_PATHS
+    assert startup["failureThreshold"] * startup["periodSeconds"] <= 240
+    assert all(probe["timeoutSeconds"] <= probe["periodSeconds"] for probe in (startup, live))
+    assert environ["SERVICE_AUTH"] == "iam" and environ["SERVICE_IAM_AUDIENCE"].startswith(f"https://{name}-PROJECT_NUMBER.us-central1.")
+
+
+@pytest.mark.parametrize("file", MANIFESTS)
+def test_service_accepts_what_its_manifest_says(file):
+    """No misspelt or wrong variable: the service itself reads them."""
+    environ = {key: value.replace("PROJECT_NUMBER", "1234567890").replace("PROJECT_ID", "delta-go-project") for key, value in environ_of(MANIFESTS[file]).items()}
+    settings = read_settings({**environ, "PORT": "8080", "HOST": "0.0.0.0", "K_SERVICE": file.split(".")[0]})
+    assert settings.auth == "iam" and len(settings.iam_callers) == 2 and settings.port == 8080
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_staging_is_production_but_for_its_size(name):
+    staging, production = (copy.deepcopy(MANIFESTS[f"{name}.{place}.yaml"]) for place in ("staging", "production"))
+    for manifest in (staging, production):
+        manifest["metadata"]["labels"]["environment"] = manifest["spec"]["template"]["metadata"]["annotations"]["autoscaling.knative.dev/maxScale"] = ""
+    assert staging == production
+
+
+def set_at(manifest: dict, path: str, value) -> None:
+    *way, last = [int(part) if part.isdigit() else part for part in path.split(" ")]
+    for part in way:
+        manifest = manifest[part]
+    if value is None:
+        del manifest[last]
+    else:
+        manifest[last] = value
+
+
+BOX, NOTES = "spec template spec containers 0", "spec template metadata annotations"
+SPOILT = [
+    (f"{BOX} startupProbe", None), (f"{BOX} livenessProbe", None), (f"{BOX} livenessProbe httpGet path", "/healthz"), (f"{BOX} livenessProbe timeoutSecond", 2),
+    (f"{BOX} resources", None), (f"{BOX} resources limits memory", "128Mi"), (f"{BOX} ports 0 containerPort", 5000), (f"{BOX} command", ["flask", "--debug"]),
+    (f"{BOX} image", "us-central1-docker.pkg.dev/PROJECT_ID/delta-go/hmm-detector:latest"), (f"{BOX} image", "docker.io/someone/hmm-detector:GIT_SHA"),
+    (f"{BOX} env 0", {"name": "SERVICE_API_KEYS", "valueFrom": {"secretKeyRef": {"name": "keys", "key": "latest"}}}),
+    (f"{BOX} env 0", {"name": "SERVICE_API_KEYS", "value": "me:written-where-everybody-reads-it-000"}), (f"{BOX} env 0", {"name": "PORT", "value": "8080"}),
+    (f"{BOX} env 0", {"name": "FLASK_DEBUG", "value": 1}),
+    (f"{NOTES} autoscaling.knative.dev~minScale", None), (f"{NOTES} autoscaling.knative.dev~minScale", "0"), (f"{NOTES} autoscaling.knative.dev~maxScale", "1000"),
+    (f"{NOTES} run.googleapis.com~startup-cpu-boost", "false"), (f"{NOTES} run.googleapis.com~cpu-throttling", None), (f"{NOTES} autoscaling.knative.dev~minscale", "1"),
+    ("metadata annotations run.googleapis.com~invoker-iam-disabled", "true"), ("metadata annotations run.googleapis.com~ingress", "everyone"),
+    ("metadata name", "hmm_detector"), ("metadata labels cloud.googleapis.com~location", "europe-west1"),
+    ("spec template spec serviceAccountName", None), ("spec template spec serviceAccountName", "1234-compute@developer.gserviceaccount.com"),
+    ("spec template spec containerConcurrency", None), ("spec template spec timeoutSecond", 10), ("spec template spec timeoutSeconds", 3600), ("spec templates", {}),
+]
+
+
+@pytest.mark.parametrize("path, value", SPOILT)
+def test_schema_refuses(path, value):
+    """A missing probe, a misspelt key, a secret that moves, an open door: each is caught."""
+    manifest = copy.deepcopy(MANIFESTS["hmm-detector.production.yaml"])
+    set_at(manifest, path.replace("~", "/"), value)
+    assert list(VALIDATOR.iter_errors(manifest))
+
+
+# Images
+
+
+def dockerfile(name: str) -> list[list[str]]:
+    """Instructions as words, comments and continued lines taken care of."""
+    text = re.sub(r"\\\n", " ", "\n".join(line for line in (DEPLOY / name / "Dockerfile").read_text().splitlines() if not line.startswith("#")))
+    return [line.split(None, 1) for line in text.splitlines() if line.strip()]
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_dockerfile(name):
+    """The base, the user, the port, the form of CMD, and every source there and let through."""
+    steps = dockerfile(name)
+    assert {words.split(" AS ")[0] for step, words in steps if step == "FROM"} == {"python:3.11-slim"}
+    assert steps[[step for step, _ in steps].index("USER")][1] == "10001:10001"
+    [command] = [json.loads(words) for step, words in steps if step == "CMD"]
+    assert command[:2] == ["sh", "-c"] and command[2].startswith("exec ") and "${PORT:-" in command[2]
+    assert command[2].endswith("delta-go bot" if name == "bot" else f"delta-go-serve {name}")
+    assert ("EXPOSE", "8095" if name == "bot" else "8080") in [tuple(step) for step in steps] and ["STOPSIGNAL", "SIGTERM"] in steps
+    text = (DEPLOY / name / "Dockerfile").read_text()
+    assert not re.search(r"debug|FLASK_|:latest|curl|wget|apt-get|ADD |--privileged|KEY=|SECRET=", text, re.I)
+    sources = [source for step, words in steps if step == "COPY" and "--from" not in words for source in words.split()[:-1]]
+    ignore = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and not line.startswith("#")]
+    assert ignore[0] == "*"
+    for source in sources:
+        assert (ROOT / source).exists()
+        assert any(source == line[1:] or source.startswith(f"{line[1:]}/") for line in ignore if line.startswith("!")), f"{source} is kept out by .dockerignore"
+    [models] = [words.split()[:-1] for step, words in steps if step == "COPY" and "models/manifest.json" in words]
+    held = {path.name for path in (ROOT / "models").iterdir() if path.suffix == ".pkl"}
+    wanted = {"hmm-detector": {file for file in held if file.startswith("hmm_model_")}, "trade-predictor": {"trade_predictor.pkl"}, "bot": held}[name]
+    assert {Path(source).name for source in models} == wanted | {"manifest.json"}
+
+
+def test_pins_are_the_projects():
+    """Every line is pinned as everywhere else, and nothing needed is left to chance."""
+    constraints = pins_of(ROOT / "constraints.txt")
+    workbench = dict(re.findall(r"([a-z][\w-]*)==(\S+)", (ROOT / "settings.ini").read_text()))
+    for path, roots in (("serving-requirements.txt", {"numpy", "flask", "msgspec", "gunicorn", "prometheus-client"}), ("bot/requirements.txt", {"numpy", "httpx", "websockets", "typer", "pydantic-settings", "apprise", "aiohttp"})):
+        pins = pins_of(DEPLOY / path)
+        assert roots <= set(pins) and pins.items() <= constraints.items()
+        assert {name: version for name, version in workbench.items() if name in pins}.items() <= pins.items()
+        for name in pins:
+            needs = [Requirement(words) for words in importlib.metadata.requires(name) or []]
+            missing = {need.name for need in needs if (need.marker is None or need.marker.evaluate({"extra": ""})) and canonicalize_name(need.name) not in pins}
+            assert not missing, f"{path}: {name} needs {missing}"
+
+
+def imported(*modules: str) -> set[str]:
+    """The distributions whose files are loaded when modules are."""
+    script = "import sys, importlib\nfor name in sys.argv[1:]: importlib.import_module(name)\nprint(*{m.__file__ for m in sys.modules.values() if 'site-packages' in (getattr(m, '__file__', '') or '')}, sep='\\n')"
+    files = subprocess.run([sys.executable, "-c", script, *modules], capture_output=True, text=True, check=True).stdout.splitlines()
+    return {re.split(r"[/.]", file.split("site-packages/")[1])[0] for file in files}
+
+
+@pytest.mark.parametrize("path, modules", [
+    ("serving-requirements.txt", ["delta_go.serving.server", "delta_go.serving.detect_regime", "delta_go.serving.predict_trade"]),
+    ("bot/requirements.txt", ["delta_go.cli", "delta_go.live.launch", "delta_go.live.paper", "delta_go.live.dashboard", "delta_go.live.notify", "apprise"])])
+def test_requirements_hold_what_is_imported(path, modules):
+    """Nothing is loaded that the image lacks; what a workbench adds to a library by being there is no need."""
+    owners, pins = importlib.metadata.packages_distributions(), pins_of(DEPLOY / path)
+    loaded = {canonicalize_name(owner) for name in imported(*modules) for owner in owners.get(name, [])} - {"delta-go", "setuptools"}
+    optional = {"aiodns", "pycares", "cffi", "cryptography", "pillow"} | ({"typing-extensions"} - set(pins))
+    assert loaded - optional <= set(pins)
+
+
+def test_functions():
+    """Both forms are pinned alike, and the entry points are the services' own."""
+    serving = pins_of(DEPLOY / "serving-requirements.txt")
+    for name, target in zip(SERVICES, ("detect_regime", "predict_trade")):
+        assert serving.items() <= pins_of(DEPLOY / f"functions/{name}/requirements.txt").items()
+        names: dict = {"__file__": str(DEPLOY / f"functions/{name}/main.py")}
+        before = dict(os.environ)
+        try:
+            exec(compile((DEPLOY / f"functions/{name}/main.py").read_text(), names["__file__"], "exec"), names)
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+        assert callable(names[target])
+    assert (DEPLOY / "functions/hmm-detector/requirements.txt").read_text() == (DEPLOY / "functions/trade-predictor/requirements.txt").read_text()
+
+
+# Identities and secrets
+
+
+def test_nobody_is_let_in_who_should_not_be():
+    """No public member, no owner or editor, no secret by a moving name, no key, in any file."""
+    for path in EVERY_FILE:
+        text = path.read_text()
+        assert not re.search(r"allUsers|allAuthenticatedUsers|roles/owner|roles/editor|roles/viewer\b|--allow-unauthenticated|versions/latest|:latest\b|BEGIN [A-Z ]*PRIVATE KEY", text.replace("`latest`", "")), path
+
+
+def test_each_component_has_an_account_of_its_own():
+    roles = json.loads((DEPLOY / "access/roles.json").read_text())
+    assert set(roles) == {*PARTS, "deployer"}
+    assert not any(roles[name].get(kind) for name in SERVICES for kind in ("project", "secrets", "services"))
+    readers = [name for name, each in roles.items() if "roles/secretmanager.secretAccessor" in json.dumps(each)]
+    assert readers == ["bot"]
+    members = [member for binding in json.loads((DEPLOY / "access/invokers.json").read_text())["bindings"] for member in binding["members"]]
+    assert sorted(members) == [f"serviceAccount:{name}@PROJECT_ID.iam.gserviceaccount.com" for name in ("bot", "deployer")]
+
+
+class Cloud(BaseHTTPRequestHandler):
+    """A metadata server and a Secret Manager."""
+    secrets = {"projects/p/secrets/key/versions/3": 'a"b\\c$d`e', "projects/p/secrets/torn/versions/1": "two\nlines"}
+
+    def do_GET(self):
+        name = self.path.removeprefix("/v1/").removesuffix(":access")
+        if self.path.startswith("/computeMetadata/") and self.headers["Metadata-Flavor"] == "Google":
+            body = {"access_token": "token-1"}
+        elif self.headers["Authorization"] == "Bearer token-1" and name in self.secrets:
+            body = {"payload": {"data": base64.b64encode(self.secrets[name].encode()).decode()}}
+        else:
+            return self.send_error(404)
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps(body).encode())
+
+    def log_message(self, *words):
+        pass
+
+
+@pytest.mark.parametrize("conf, words", [
+    ("# none\n", ""), ("A=projects/p/secrets/key/versions/3\n", 'A="a\\"b\\\\c\\$d\\`e"\n'), ("A=projects/p/secrets/key/versions/latest\n", None), ("A=plain\n", None),
+    ("A=projects/p/secrets/gone/versions/1\n", None), ("A=projects/p/secrets/torn/versions/1\n", None), ("A=projects/p/secrets/key/versions/3\n" * 2, None)])
+def test_secrets_are_fetched_by_number(tmp_path, conf, words):
+    """All of them, readable by their owner alone; or nothing, said without showing any."""
+    server = HTTPServer(("127.0.0.1", 0), Cloud)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    here = f"127.0.0.1:{server.server_port}"
+    (tmp_path / "secrets.conf").write_text(conf)
+    target = tmp_path / "secrets.env"
+    done = subprocess.run([sys.executable, DEPLOY / "bot/fetch_secrets.py", tmp_path / "secrets.conf", target], capture_output=True, text=True,
+                          env={"GCE_METADATA_HOST": here, "SECRET_MANAGER_URL": f"http://{here}"})
+    server.shutdown()
+    server.server_close()
+    if words is None:
+        assert done.returncode == 1 and not target.exists() and len(done.stderr.splitlines()) == 1 and "two" not in done.stderr
+    else:
+        assert done.returncode == 0 and target.read_text() == words and stat.S_IMODE(target.stat().st_mode) == 0o400, done.stderr
+
+
+# The bot's machine
+
+
+def unit() -> dict[str, list[str]]:
+    lines = re.sub(r"\\\n\s*", "", (DEPLOY / "bot/delta-go-bot.service").read_text()).splitlines()
+    found: dict[str, list[str]] = {}
+    for key, _, value in (line.partition("=") for line in lines if "=" in line and not line.startswith("#")):
+        found.setdefault(key, []).append(value)
+    return found
+
+
+def test_unit():
+    """It always starts again, drains before it ends, and gives its container nothing it does not need."""
+    said = unit()
+    assert said["Restart"] == ["always"] and said["StartLimitIntervalSec"] == ["0"] and said["KillSignal"] == ["SIGTERM"] and said["StateDirectory"] == ["delta-go"]
+    patience = int(re.search(r"--time (\d+)", said["ExecStop"][0])[1])
+    assert DRAIN + 6 < patience < int(said["TimeoutStopSec"][0])
+    [start] = said["ExecStart"]
+    for words in ("--read-only", "--cap-drop ALL", "--security-opt no-new-privileges", "--user 10001:10001", "--pids-limit", "--memory", "--pull never", "${DELTA_BOT_IMAGE}", f"--stop-timeout {patience}"):
+        assert words in start
+    assert not re.search(r"--privileged|-p \d|--publish|docker\.sock|--env [A-Z_]+=", start)
+    files = said["EnvironmentFile"]
+    assert "/etc/delta-go/image.env" in files and "-/run/delta-go/secrets.env" in files
+    assert all(said[name] == ["yes"] for name in ("NoNewPrivileges", "ProtectHome", "PrivateTmp", "PrivateDevices", "ProtectKernelModules", "RestrictSUIDSGID")) and said["ProtectSystem"] == ["strict"]
+    conf = (DEPLOY / "bot/secrets.conf").read_text()
+    assert set(re.findall(r"--env ([A-Z_]+)", start)) == set(re.findall(r"^# ([A-Z_]+)=projects/PROJECT_ID/secrets/[a-z-]+/versions/\d+$", conf, re.M))
+
+
+def test_bots_settings_are_settings():
+    """bot.env and the image name variables that the bot reads."""
+    from delta_go.config import VARIABLES
+    named = re.findall(r"^#?([A-Z_]+)=", (DEPLOY / "bot/bot.env").read_text(), re.M)
+    assert set(named) <= set(VARIABLES.values()) and "DELTA_STATUS_PORT" in named
+    [target] = yaml.safe_load((DEPLOY / "bot/ops-agent.yaml").read_text())["metrics"]["receivers"]["bot"]["config"]["scrape_configs"][0]["static_configs"][0]["targets"]
+    assert target == "127.0.0.1:8095"
+
+
+# Alarms
+
+
+HELD = Holding("BTCUSD", "buy", 3, 60_000.0, 1_700_000_000, 60_100.0, 0.3, 59_000.0, 62_000.0, 59_000.0, 62_000.0)
+WELL = Status("live", "RUNNING", 1_700_000_000, 1_700_000_000.0, 1_699_000_000.0, 7, 1, "0.1.0", {}, "trade", ["BTCUSD"], "1h", 1_699_999_200, 1_700_002_800,
+              account=Account(10_000.0, 10_000.0, 10_000.0, "", 0.05, 0.1), holdings=[HELD], services=[ServiceView("hmm-detector", "https://x", "closed", "")], streams={"public": "live", "private": "live"}, quota=0.1)
+Numbers = dict[str, list[tuple[dict[str, str], float]]]
+
+
+def numbers(status: Status | None, age: float = 1.0, kill: str | None = None, journal: str = "") -> Numbers:
+    """The page of a bot as a scraper reads it."""
+    text, found = metrics_text(Sight(status, "", age, kill), journal)[0].decode(), {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            found.setdefault(sample.name, []).append((sample.labels, sample.value))
+    return found
+
+
+TERM = re.compile(r'(absent\()?([a-z_]+)(?:\{([a-z_]+)="([^"]*)"\})?\)?(?: (>|==|<) ([0-9.]+))?')
+COMPARE = {">": operator.gt, "<": operator.lt, "==": operator.eq}
+
+
+def fires(query: str, page: Numbers) -> bool:
+    """The few words of PromQL that our alarms use."""
+    for part in query.split(" and on() "):
+        absent, name, label, value, sign, bound = TERM.fullmatch(part).groups()
+        values = [number for labels, number in page.get(name, []) if not label or labels.get(label) == value]
+        if not (not values if absent else any(COMPARE[sign](number, float(bound)) for number in values if not math.isnan(number))):
+            return False
+    return True
+
+
+def changed(**more) -> Numbers:
+    return numbers(msgspec.structs.replace(WELL, **more))
+
+
+TROUBLE = {
+    "bot-silent": lambda: numbers(WELL, age=90), "bot-gone": lambda: {}, "bot-naked-position": lambda: changed(holdings=[msgspec.structs.replace(HELD, stop=None)]),
+    "bot-doubtful-order": lambda: changed(doubtful=["dg-1"]), "bot-halted": lambda: changed(state="HALTED", halted="kill switch"), "bot-halt-not-obeyed": lambda: numbers(WELL, kill="somebody"),
+    "bot-degraded": lambda: changed(state="DEGRADED"), "bot-daily-loss": lambda: changed(account=Account(9_550.0, 10_000.0, 10_000.0, "", 0.05, 0.1)),
+    "bot-drawdown": lambda: changed(account=Account(9_100.0, 9_100.0, 10_000.0, "", 0.05, 0.1)), "bot-quota": lambda: changed(quota=0.9),
+    "bot-breaker-open": lambda: changed(services=[ServiceView("hmm-detector", "https://x", "open", "no answer")]), "bot-stream-down": lambda: changed(streams={"public": "live", "private": "waiting"}),
+    "bot-journal": lambda: numbers(WELL, journal="row 7 does not follow"),
+}
+QUERIES = {name: alert["conditions"][0]["conditionPrometheusQueryLanguage"]["query"] for name, alert in ALERTS.items() if "conditionPrometheusQueryLanguage" in alert["conditions"][0]}
+
+
+@pytest.mark.parametrize("name", TROUBLE)
+def test_alarm_fires_on_its_trouble_alone(name):
+    """It is quiet while all is well, and rings for what it is about."""
+    assert not fires(QUERIES[name], numbers(WELL)) and fires(QUERIES[name], TROUBLE[name]())
+
+
+def test_every_alarm_has_a_trouble_and_a_metric():
+    """No alarm names a number that nobody writes."""
+    assert set(QUERIES) == set(TROUBLE)
+    page = numbers(WELL)
+    assert all(set(re.findall(r"delta_go_[a-z_]+", query)) <= set(page) for query in QUERIES.values())
+    filters = {name: alert["conditions"][0]["conditionThreshold"]["filter"] for name, alert in ALERTS.items() if name not in QUERIES}
+    named = {re.search(r'metric\.type="logging\.googleapis\.com/user/([a-z-]+)"', words)[1] for words in filters.values()}
+    assert named == set(LOG_METRICS) == {metric["name"] for metric in LOG_METRICS.values()}
+
+
+@pytest.mark.parametrize("name", ALERTS)
+def test_alarm_says_what_to_do(name):
+    alert = ALERTS[name]
+    assert set(alert) == {"displayName", "severity", "combiner", "enabled", "conditions", "alertStrategy", "documentation"} and alert["enabled"] is True
+    assert alert["severity"] in ("CRITICAL", "ERROR", "WARNING") and len(alert["documentation"]["content"]) > 80
+    condition = alert["conditions"][0].get("conditionPrometheusQueryLanguage") or alert["conditions"][0]["conditionThreshold"]
+    assert int(condition["duration"].removesuffix("s")) % 60 == 0
+    if aggregation := condition.get("aggregations"):
+        metric = LOG_METRICS[re.search(r"user/([a-z-]+)", condition["filter"])[1]]
+        labels = {label["key"] for label in metric["metricDescriptor"].get("labels", [])}
+        assert labels == set(metric.get("labelExtractors", {})) and {field.removeprefix("metric.label.") for field in aggregation[0].get("groupByFields", [])} <= labels
+        assert (aggregation[0]["perSeriesAligner"] == "ALIGN_DELTA") == (metric["metricDescriptor"]["valueType"] == "INT64")
+
+
+HOLDS = {"=": lambda value, text: str(value) == text, "=~": lambda value, text: re.search(text, str(value)) is not None,
+         ">=": lambda value, text: float(value) >= float(text), "<=": lambda value, text: float(value) <= float(text)}
+
+
+def matches(words: str, entry: dict) -> bool:
+    """The few words of Cloud Logging's language that our metrics use."""
+    for part in words.split(" AND "):
+        field, sign, text = re.fullmatch(r'([A-Za-z_.]+)(>=|<=|=~|=)"?(.*?)"?', part.strip()).groups()
+        value: object = entry
+        for key in field.split("."):
+            value = value.get(key) if isinstance(value, dict) else None
+        if value is None:
+            return False
+        if not HOLDS[sign](value, text):
+            return False
+    return True
+
+
+@pytest.fixture(scope="module")
+def log_lines():
+    """What a service really writes: an answer, a stranger, a refusal of models, answers without them."""
+    lines: list[dict] = []
+
+    class Keep(logging.Handler):
+        def emit(self, record):
+            lines.append({"resource": {"type": "cloud_run_revision", "labels": {"service_name": "trade-predictor"}}, "jsonPayload": json.loads(self.format(record))})
+
+    handler, logger = Keep(), logging.getLogger("delta_go.serving")
+    handler.setFormatter(JsonFormatter())
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        for models in ("models/trade_predictor.pkl", "deploy/none.pkl"):
+            key = "a-key-for-this-test-0123456789abcdef"
+            client = create_app(read_settings({"TRADE_PREDICTOR_MODEL": str(ROOT / models), "SERVICE_AUTH": "api_key", "SERVICE_API_KEYS": f"me:{key}"})).test_client()
+            client.post("/", json={"rsi": 50}, headers={"X-API-Key": key})
+            client.post("/", json={"rsi": 50})
+            client.get("/health/live")
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+    return lines
+
+
+@pytest.mark.parametrize("name, count", [("delta-go-service-errors", 1), ("delta-go-service-seconds", 4), ("delta-go-service-strangers", 2), ("delta-go-models-refused", 1), ("delta-go-bot-restarts", 0)])
+def test_log_metric_counts_what_it_says(name, count, log_lines):
+    """The filter picks the right lines of a real service, and each label is in them."""
+    metric = LOG_METRICS[name]
+    found = [line for line in log_lines if matches(metric["filter"], line)]
+    assert len(found) == count
+    for line in found:
+        for extractor in [*metric.get("labelExtractors", {}).values(), *([metric["valueExtractor"]] if "valueExtractor" in metric else [])]:
+            value: object = line
+            for key in extractor.removeprefix("EXTRACT(").removesuffix(")").split("."):
+                value = value[key]
+            assert value is not None
+
+
+def test_restarts_of_the_bot_are_counted():
+    """As systemd writes them."""
+    words = LOG_METRICS["delta-go-bot-restarts"]["filter"]
+    entry = {"resource": {"type": "gce_instance"}, "jsonPayload": {"UNIT": "delta-go-bot.service", "MESSAGE": "delta-go-bot.service: Scheduled restart job, restart counter is at 2."}}
+    assert matches(words, entry) and not matches(words, {**entry, "jsonPayload": {"UNIT": "ssh.service", "MESSAGE": "Scheduled restart job"}})
+
+
+# Commands
+
+
+def test_network_note_opens_one_door():
+    """ssh through Identity-Aware Proxy, and nothing else from outside."""
+    text = (DEPLOY / "network.md").read_text()
+    commands = [line.split(" #")[0] for line in text.splitlines() if line.startswith("gcloud ")]
+    rules = [line for line in commands if "firewall-rules create" in line]
+    assert len(rules) == 1 and "--allow tcp:22 " in rules[0] and "--source-ranges 35.235.240.0/20" in rules[0]
+    assert "0.0.0.0/0" not in text and any("--address bot" in line and "--machine-type e2-micro" in line for line in commands)
+    assert not fnmatch.filter(commands, "*default*network*")
