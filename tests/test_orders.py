@@ -274,7 +274,14 @@ def test_a_liquidation_is_ours(desk):
     assert desk.state.books.held == {"BTCUSD": 0}
 
 
+def test_a_position_where_we_have_never_traded_is_told_and_left_alone(desk):
+    desk.wait(90, position=Position("BTCUSD", 3))
+    assert not desk.state.books.halted and not desk.state.books.intents
+    assert "not explained" in blocked(desk.state, "BTCUSD", desk.now * SECOND)
+
+
 def test_a_position_that_nothing_explains_halts_after_a_minute(desk):
+    desk.hear(SendResult(desk.place(), NotSent("no connection")))
     desk.wait(30, position=Position("BTCUSD", 3))
     assert not desk.state.books.halted and "not explained" in blocked(desk.state, "BTCUSD", desk.now * SECOND)
     desk.wait(60, position=Position("BTCUSD", 3))

@@ -222,7 +222,7 @@ def guard(
         acknowledge(account, "delta-go", 0)
         bot.armed, bot.due["beat"] = (), -1e9
 
-# %% ../../nbs/live/89_bot.ipynb #f4e1be16
+# %% ../../nbs/live/89_bot.ipynb #490a90d1
 GRACE = 3.0  # seconds after a close without the stream's word
 
 def too_old(
@@ -246,8 +246,14 @@ def close_if_due(
     closed, everyone = bot.next_open + step, bot.heard.get(bot.next_open, set()) >= set(bot.symbols)
     if bot.now < closed or not (everyone or bot.now >= closed + GRACE) or not bot.turn_of("retry", 0.5):
         return False
-    absent = [symbol for symbol in bot.symbols if not (bars := bot.recent.window(symbol, bot.next_open).time).size or bars[-1] != bot.next_open]
-    owed = any(symbol in flight.log.open for symbol in bot.recent.unasked.intersection(absent))
+    absent = []
+    for symbol in bot.symbols:
+        if pulled(bot):
+            return False
+        bars = bot.recent.window(symbol, bot.next_open).time
+        absent += [symbol] if not len(bars) or bars[-1] != bot.next_open else []
+    if owed := any(symbol in flight.log.open for symbol in bot.recent.unasked.intersection(absent)):
+        bot.due["retry"] = bot.monotonic() + 2.0
     if absent and bot.now < closed + (step * 0.8 if owed else too_late(step) / 2):
         return False
     try:

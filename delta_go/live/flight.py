@@ -221,7 +221,7 @@ def write_down(
             raise
         hands.write(entries, hands.now_us(), True)
 
-# %% ../../nbs/live/84_flight.ipynb #d758c7d5
+# %% ../../nbs/live/84_flight.ipynb #39a405d3
 def decide_bar(
     flight: Flight,
     opened: int,            # open of the bar that has just closed, seconds UTC
@@ -267,15 +267,14 @@ def carry_out(
     "Make an order of each of the bar's decisions that has none yet."
     log = read_on(flight.log, flight.executor.entries)
     waiting = [(key, body) for key, body in log.decisions.items() if body["time"] == opened and key not in log.settled]
-    refused, wishes, owed, positions = dict[str, str](), list[Place](), set[str](), positions_of(flight)
+    refused, positions = dict[str, str](), positions_of(flight)
     for key, body in sorted(waiting, key=lambda item: item[1]["action"] == "enter"):
         decision, held = Decision(**{field.name: body[field.name] for field in fields(Decision)}), positions.get(body["symbol"])
         if why := hindrance(flight, decision) if decision.action == "enter" else "" if held else "nothing is held any more":
             refused[key] = why
         elif order := order_for(decision, held, "wish"):
-            owed |= {key} if decision.action == "exit" else set()
-            wishes.append(Place(order, mark_of(flight, decision.symbol), key))
-    refused |= {no.wish.reason: no.reason for no in flight.executor.handle(*wishes) if no.wish.reason not in owed}
+            no = flight.executor.handle(Place(order, mark_of(flight, decision.symbol), key))
+            refused |= {key: no[0].reason} if no and decision.action == "enter" else {}
     if refused:
         write_down(flight, [Entry("refused", key, {"symbol": key.rpartition(":")[0], "time": opened, "reason": why}) for key, why in refused.items()])
     read_on(log, flight.executor.entries)
