@@ -369,7 +369,7 @@ def examine(
         tell(lines[-1])
     return tuple(lines)
 
-# %% ../../nbs/ops/96_promote.ipynb #0d47c054
+# %% ../../nbs/ops/96_promote.ipynb #621cb6ab
 @dataclass(frozen=True, slots=True)
 class Card:
     "What was found, and what follows."
@@ -394,7 +394,8 @@ def card_page(card: Card) -> str:
     "The card for a person."
     rows = [{"check": line.check, "result": line.status, "found": line.found, "needed": "yes" if line.needed else "no"} for line in card.lines]
     kind = "It trades, so every line is needed." if card.trades else "It does not trade, so only what makes its regimes trustworthy is needed."
-    facts = f"rules {card.rules.version} · champion {card.champion or 'none'} · untouched bars from {date(card.untouched)} to {date(card.data_end)}"
+    bars = f"untouched bars from {date(card.untouched)} to {date(card.data_end)}" if card.data_end > card.untouched else "no untouched bars"
+    facts = f"rules {card.rules.version} · champion {card.champion or 'none'} · {bars}"
     body = [f"<h1>Evidence card of {escape(card.candidate)}</h1>", Conclusion(card.words, card.outcome == "approved")._repr_html_(), f"<p>{kind}</p>",
             f'<p class="facts">{escape(facts)}</p>', f'<div class="scroll">{make_table("Evidence", rows)._repr_html_()}</div>']
     return make_page(f"delta_go: evidence card of {card.candidate}", "\n".join(body))
