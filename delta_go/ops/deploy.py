@@ -4,16 +4,15 @@
 
 # %% auto #0
 __all__ = ['Ask', 'Question', 'ask_regime', 'ask_trade', 'golden_questions', 'Pace', 'too_slow', 'audience_of', 'Prober',
-           'run_gcloud', 'Shell', 'perform', 'drive', 'read_flags', 'copied_sources', 'put', 'stage', 'read_state',
-           'state_of', 'check_passed', 'ask_over_http', 'conclude', 'begin', 'taken_up', 'roll_out']
+           'golden', 'measure', 'compare', 'probe', 'run_gcloud', 'Shell', 'perform', 'drive', 'read_flags',
+           'read_state', 'state_of', 'check_passed', 'ask_over_http', 'conclude', 'begin', 'taken_up', 'roll_out']
 
-# %% ../../nbs/ops/97_deploy.ipynb #2a8bc0e8
+# %% ../../nbs/ops/97_deploy.ipynb #87ea031b
 import contextlib
 import fcntl
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import time
@@ -21,7 +20,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +34,7 @@ from ..market.candles import COLUMNS, Candles
 from ..model_file import parse_plain, write_bytes
 from ..rollout import (
     CANDIDATE, IMAGE, PREVIOUS, SERVICES, DeployFault, Rollout, Split, Step, Target, advance, call_of, committed, flags_of, learn, read_splits, recovered, resumed, short, turned, way)
+from ..staging import stage
 from ..serving.client import Credentials, Line, TokenCache, origin_of, read_regime, read_trade, regime_question, trade_question
 
 # %% ../../nbs/ops/97_deploy.ipynb #0d9e2beb
@@ -101,7 +100,7 @@ def too_slow(
             return f"expected its p{share * 100:.0f} within {ratio:g} times the champion's, got {new / old:.1f} times"
     return ""
 
-# %% ../../nbs/ops/97_deploy.ipynb #2fd478f3
+# %% ../../nbs/ops/97_deploy.ipynb #511bb276
 Ask = Callable[[str, str, Question], bytes]  # address, audience, question -> body of a good answer, or a DeltaGoError
 
 def audience_of(
@@ -114,67 +113,88 @@ def audience_of(
 
 @dataclass(frozen=True, slots=True)
 class Prober:
-    "Asks services what their models are known to answer."
+    "What asking needs."
     ask: Ask
     pin: Mapping[str, str]         # the models that must answer
     questions: Sequence[Question]
     pace: Pace = Pace()
     sleep: Callable[[float], None] = time.sleep
 
-    def golden(self, rollout: Rollout) -> None:
-        "Candidates, and services that stay as they are, answer as one set of models."
-        for question in self.questions:
-            place = rollout.now.get(question.service)
-            if place is None:
-                raise DeployFault(f"{question.service}: expected it beside the other one, it is not there; deploy both")
-            raw = self.ask(place.tagged[CANDIDATE] if question.service in rollout.services else place.address, audience_of(rollout, question.service), question)
-            worst = np.abs(np.array(question.read(raw, self.pin)) - question.answers).max()
-            if not worst <= TOLERANCE:
-                raise DeployFault(f"{question.service}: expected its recorded answers to within {TOLERANCE:g}, they differ by {worst:.3g}")
+def golden(
+    prober: Prober,
+    rollout: Rollout,
+) -> None:
+    "Candidates, and services that stay as they are, answer as one set of models; or a `DeployFault`."
+    for question in prober.questions:
+        place = rollout.now.get(question.service)
+        if place is None:
+            raise DeployFault(f"{question.service}: expected it beside the other one, it is not there; deploy both")
+        raw = prober.ask(place.tagged[CANDIDATE] if question.service in rollout.services else place.address, audience_of(rollout, question.service), question)
+        worst = np.abs(np.array(question.read(raw, prober.pin)) - question.answers).max()
+        if not worst <= TOLERANCE:
+            raise DeployFault(f"{question.service}: expected its recorded answers to within {TOLERANCE:g}, they differ by {worst:.3g}")
 
-    def measure(self, name: str, audience: str, sides: Mapping[str, str], seconds: float = 0.0) -> tuple[dict[str, list[float]], float]:
-        "Seconds of each side's answers, and the mean difference between the sides."
-        questions, times, apart = [question for question in self.questions if question.service == name], {side: list[float]() for side in sides}, list[float]()
-        for count in range(self.pace.requests):
-            question, heard = questions[count % len(questions)], dict[str, np.ndarray]()
-            for side in sorted(sides, reverse=bool(count % 2)):
-                begun = time.perf_counter()
-                try:
-                    raw = self.ask(sides[side], audience, question)
-                    times[side].append(time.perf_counter() - begun)
-                    heard[side] = np.array(question.read(raw, self.pin if side == CANDIDATE else {}))
-                except DeltaGoError as error:
-                    raise DeployFault(f"{name} ({side}): {error}") from None
-            apart += [float(np.abs(heard[CANDIDATE] - heard[PREVIOUS]).sum() / (1 + (len(heard[PREVIOUS]) > 1)))] if PREVIOUS in heard else []
-            self.sleep(seconds / self.pace.requests)
-        return times, float(np.mean(apart)) if apart else 0.0
+# %% ../../nbs/ops/97_deploy.ipynb #9b9dd69c
+def measure(
+    prober: Prober,
+    name: str,                   # the service
+    audience: str,               # of identity tokens
+    sides: Mapping[str, str],    # address by side
+    seconds: float = 0.0,        # that it lasts at least
+) -> tuple[dict[str, list[float]], float]:  # seconds of each side's answers, mean difference between the sides
+    "Ask all sides the same, in turns."
+    questions, times, apart = [question for question in prober.questions if question.service == name], {side: list[float]() for side in sides}, list[float]()
+    for count in range(prober.pace.requests):
+        question, heard = questions[count % len(questions)], dict[str, np.ndarray]()
+        for side in sorted(sides, reverse=bool(count % 2)):
+            begun = time.perf_counter()
+            try:
+                raw = prober.ask(sides[side], audience, question)
+                times[side].append(time.perf_counter() - begun)
+                heard[side] = np.array(question.read(raw, prober.pin if side == CANDIDATE else {}))
+            except DeltaGoError as error:
+                raise DeployFault(f"{name} ({side}): {error}") from None
+        apart += [float(np.abs(heard[CANDIDATE] - heard[PREVIOUS]).sum() / (1 + (len(heard[PREVIOUS]) > 1)))] if PREVIOUS in heard else []
+        prober.sleep(seconds / prober.pace.requests)
+    return times, float(np.mean(apart)) if apart else 0.0
 
-    def compare(self, name: str, audience: str, sides: Mapping[str, str], seconds: float = 0.0) -> None:
-        "All answers are good, alike and quick enough, or a `DeployFault`."
-        old, new, slow = list[float](), list[float](), ""
-        for attempt in range(self.pace.rounds):
-            times, apart = self.measure(name, audience, sides, 0.0 if attempt else seconds)
-            if apart > self.pace.divergence:
-                raise DeployFault(f"{name}: expected probabilities within {self.pace.divergence:g} of the champion's on average, got {apart:.2f}")
-            old, new = old + times.get(PREVIOUS, []), new + times[CANDIDATE]
-            if not (slow := too_slow(old, new, self.pace.ratio) if old else ""):
-                return
-        raise DeployFault(f"{name}: {slow}")
+# %% ../../nbs/ops/97_deploy.ipynb #3478719c
+def compare(
+    prober: Prober,
+    name: str,                   # the service
+    audience: str,               # of identity tokens
+    sides: Mapping[str, str],    # address by side
+    seconds: float = 0.0,        # that it lasts at least
+) -> None:
+    "All answers are good, alike and quick enough, or a `DeployFault`."
+    pace, old, new, slow = prober.pace, list[float](), list[float](), ""
+    for attempt in range(pace.rounds):
+        times, apart = measure(prober, name, audience, sides, 0.0 if attempt else seconds)
+        if apart > pace.divergence:
+            raise DeployFault(f"{name}: expected probabilities within {pace.divergence:g} of the champion's on average, got {apart:.2f}")
+        old, new = old + times.get(PREVIOUS, []), new + times[CANDIDATE]
+        if not (slow := too_slow(old, new, pace.ratio) if old else ""):
+            return
+    raise DeployFault(f"{name}: {slow}")
 
-    def __call__(self, rollout: Rollout, step: Step) -> None:
-        "The check of a step, or an error."
-        if step.kind == "golden":
-            return self.golden(rollout)
-        for name in rollout.services:
-            place, old = rollout.now[name], rollout.before.get(name)
-            sides = {CANDIDATE: place.tagged[CANDIDATE]}
-            if step.kind == "shadow" and old:
-                sides[PREVIOUS] = place.address
-            elif step.kind == "watch":
-                sides |= {"all": place.address} | ({PREVIOUS: place.tagged[PREVIOUS]} if old and PREVIOUS in place.tagged else {})
-            self.compare(name, audience_of(rollout, name), sides, self.pace.hold / len(rollout.services) if step.kind == "watch" else 0.0)
+def probe(
+    prober: Prober,
+    rollout: Rollout,
+    step: Step,
+) -> None:
+    "The check of a step, or an error."
+    if step.kind == "golden":
+        return golden(prober, rollout)
+    for name in rollout.services:
+        place, old = rollout.now[name], rollout.before.get(name)
+        sides = {CANDIDATE: place.tagged[CANDIDATE]}
+        if step.kind == "shadow" and old:
+            sides[PREVIOUS] = place.address
+        elif step.kind == "watch":
+            sides |= {"all": place.address} | ({PREVIOUS: place.tagged[PREVIOUS]} if old and PREVIOUS in place.tagged else {})
+        compare(prober, name, audience_of(rollout, name), sides, prober.pace.hold / len(rollout.services) if step.kind == "watch" else 0.0)
 
-# %% ../../nbs/ops/97_deploy.ipynb #a15efe52
+# %% ../../nbs/ops/97_deploy.ipynb #8b04d274
 def run_gcloud(
     words: Sequence[str],  # after gcloud
     seconds: float,        # it may take
@@ -198,6 +218,7 @@ def run_gcloud(
         raise DeployFault(f"gcloud {' '.join(words[:3])}: ended with {process.returncode}: {short(last)}")
     return out
 
+# %% ../../nbs/ops/97_deploy.ipynb #5b0d1417
 @dataclass(frozen=True, slots=True)
 class Shell:
     "What a roll-out needs of the world."
@@ -259,53 +280,6 @@ def read_flags(
     if len(found) != 1:
         raise InputError(f"{name}: expected one manifest for {target.env} in deploy/, found {len(found)}; its file's name holds the environment")
     return flags_of(found[0])
-
-# %% ../../nbs/ops/97_deploy.ipynb #7f092b3f
-def copied_sources(
-    dockerfile: str,  # its text
-) -> list[str]:       # relative to the project
-    "What its COPY lines take from the tree."
-    lines = re.findall(r"^COPY\s+(.+)$", re.sub(r"\\\n", " ", dockerfile), re.MULTILINE)
-    words = [[word for word in line.split() if not word.startswith("--")] for line in lines if "--from=" not in line]
-    return [source for line in words for source in line[:-1]]
-
-def put(
-    root: Path,       # of the project
-    folder: Path,     # where the copy goes
-    source: str,      # relative to both, may hold *
-) -> None:
-    "Copy a part of the tree, or an `InputError`."
-    found = sorted(root.glob(source.strip("/").removeprefix("./")))
-    if not found:
-        raise InputError(f"{source}: expected it in {root.name}, it is not there; the image would lack it")
-    for path in found:
-        place = folder / path.relative_to(root)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir():
-            shutil.copytree(path, place, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__", ".*"))
-        else:
-            shutil.copy(path, place)
-
-def stage(
-    root: Path,                # of the project
-    folder: Path,              # emptied first
-    name: str,                 # hmm-detector, trade-predictor or bot
-    form: str = "container",   # or function
-) -> Path:
-    "Lay out what a build gets; the folder."
-    shutil.rmtree(folder, ignore_errors=True)
-    if form == "container":
-        for source in [f"deploy/{name}/Dockerfile", *copied_sources((root / f"deploy/{name}/Dockerfile").read_text(encoding="utf-8"))]:
-            put(root, folder, source)
-        return folder
-    if form != "function" or name not in SERVICES:
-        raise InputError(f"form: expected container, or function for {' or '.join(SERVICES)}, got {form} for {name}")
-    for source in ("delta_go", "models"):
-        put(root, folder, source)
-    shutil.copytree(root / "deploy/functions" / name, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
-    (about := folder / f"delta_go-{version('delta_go')}.dist-info").mkdir()
-    (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: delta_go\nVersion: {version('delta_go')}\n", encoding="utf-8")
-    return folder
 
 # %% ../../nbs/ops/97_deploy.ipynb #1609c6f0
 def read_state(
@@ -377,7 +351,7 @@ def conclude(
     tell(words, True)
     raise DeployFault(words)
 
-# %% ../../nbs/ops/97_deploy.ipynb #c1d45f5e
+# %% ../../nbs/ops/97_deploy.ipynb #be22979b
 def begin(
     target: Target,
     root: Path,                  # of the project
@@ -401,6 +375,7 @@ def begin(
     built = {part: f"{target.repository}/{part}:{models}-{datetime.now(UTC):%Y%m%d%H%M%S}" for part in parts}
     return Rollout(target, tuple(services), models, given or built, {name: read_flags(root, target, name) for name in services}, commands, build=not given, sha=sha)
 
+# %% ../../nbs/ops/97_deploy.ipynb #39344066
 def taken_up(
     left: Rollout | None,   # what is on the disk
     target: Target,
@@ -440,7 +415,7 @@ def roll_out(
             stage(root, root / "build/stage" / part, part)
         pin, questions = golden_questions(root / "models") if not rollout.back else ({}, [])
         prober = Prober(ask or ask_over_http(gcloud, target.caller), pin, questions, pace)
-        end = drive(rollout, Shell(gcloud, prober, lambda state: write_bytes(path, msgspec.json.encode(state)), say, pace))
+        end = drive(rollout, Shell(gcloud, partial(probe, prober), lambda state: write_bytes(path, msgspec.json.encode(state)), say, pace))
     if how == "abort" and end.outcome == "back":
         tell(f"{target.env}: aborted, traffic is as before", True)
         return end
