@@ -96,15 +96,16 @@ def test_image_holds_no_workbench(name, models):
     assert not {"pandas", "scipy", "sklearn", "numba", "xgboost", "pytest", "pip", "setuptools", "tests", "nbs", ".git", ".env"} & set(rest.split())
 
 
-def test_bot_image(tmp_path):
-    """Against an emulated exchange of this machine: ready, its numbers told, no secret said, drained; its folder outlives it."""
+@pytest.mark.parametrize("mode", ["testnet", "paper"])
+def test_bot_image(tmp_path, mode):
+    """Against an emulated exchange of this machine, or on paper with its prices: ready, its numbers told, no secret said, drained; its folder outlives it."""
     image, port, exchange, folder = build("bot"), free_port(), free_port(), tmp_path / "state"
     folder.mkdir()
     os.chown(folder, 10001, 10001)
     for parent in (tmp_path, *tmp_path.parents[:2]):
         parent.chmod(parent.stat().st_mode | 0o011)
     command = [str(Path(sys.executable).parent / "delta-go"), "emulate", "--today", "--port", str(exchange)]
-    environ = {"PORT": str(port), "DELTA_MODE": "testnet", "DELTA_BASE_URL": f"http://127.0.0.1:{exchange}", "DELTA_API_KEY": "emulator-key", "DELTA_API_SECRET": "emulator-secret-0001"}
+    environ = {"PORT": str(port), "DELTA_MODE": mode, "DELTA_BASE_URL": f"http://127.0.0.1:{exchange}", "DELTA_API_KEY": "emulator-key", "DELTA_API_SECRET": "emulator-secret-0001"}
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as emulator:
         try:
             wait_for_listener(exchange)
@@ -119,8 +120,8 @@ def test_bot_image(tmp_path):
         finally:
             emulator.terminate()
     assert code == 0 and took < 45, "the unit gives that much"
-    assert json.loads((folder / "testnet/status.json").read_text())["state"] == "STOPPED" and (folder / "testnet/journal.db").stat().st_size
-    print(f"\nbot: {megabytes(image) - megabytes(BASE):.0f} MB on the base; ready in {started:.2f} s; {memory:.0f} MB; SIGTERM to exit {took:.2f} s")
+    assert json.loads((folder / mode / "status.json").read_text())["state"] == "STOPPED" and (folder / mode / "journal.db").stat().st_size
+    print(f"\nbot on {mode}: {megabytes(image) - megabytes(BASE):.0f} MB on the base; ready in {started:.2f} s; {memory:.0f} MB; SIGTERM to exit {took:.2f} s")
 
 
 def wait_for_listener(port: int) -> None:
