@@ -80,7 +80,7 @@ def mixed(
         parts[name] = rest - sum(parts.values()) if place == len(old) - 1 else share * rest // 100
     return {name: share for name, share in {**parts, new: percent}.items() if share > 0}
 
-# %% ../nbs/05_rollout.ipynb #211df69a
+# %% ../nbs/05_rollout.ipynb #0c738be6
 class Target(msgspec.Struct, frozen=True):
     "Where to."
     env: str                       # staging or production
@@ -107,6 +107,7 @@ class Rollout(msgspec.Struct, frozen=True):
     commands: dict[str, str] = {}           # on the bot's machine, by name; none: the bot stays as it is
     build: bool = False                     # the images are still to be built
     sha: str = ""                           # the commit, for the services to name
+    first: bool = False                     # services that are not there yet are made
     place: int = 0
     back: str = ""
     reached: int = 0
@@ -378,7 +379,7 @@ def check_back(
         if old != new:
             raise DeployFault(f"{name}: expected the traffic of before, {old}, got {new}")
 
-# %% ../nbs/05_rollout.ipynb #515a5b92
+# %% ../nbs/05_rollout.ipynb #1cf47ab5
 def learn_splits(
     rollout: Rollout,
     step: Step,
@@ -388,6 +389,8 @@ def learn_splits(
     if step.kind == "record":
         if left := [name for name in rollout.services if name in now and CANDIDATE in now[name].tags]:
             raise DeployFault(f"{', '.join(left)}: expected no revision tagged {CANDIDATE}, an earlier roll-out was left; run delta-go deploy --env {rollout.target.env} --abort")
+        if absent := [name for name in rollout.services if name not in now and not rollout.first]:
+            raise DeployFault(f"{', '.join(absent)}: expected it in {rollout.target.project}, {rollout.target.region}, it is not there; if it never was, begin with --first")
         return replace(rollout, before={name: split for name, split in now.items() if name in rollout.services}, now=now)
     if step.kind == "look":
         check_look(rollout, step.percent, now)

@@ -351,7 +351,7 @@ def conclude(
     tell(words, True)
     raise DeployFault(words)
 
-# %% ../../nbs/ops/97_deploy.ipynb #be22979b
+# %% ../../nbs/ops/97_deploy.ipynb #556f343e
 def begin(
     target: Target,
     root: Path,                  # of the project
@@ -359,6 +359,7 @@ def begin(
     bot: bool,                   # whether it moves too
     images: Mapping[str, str],   # by component, with digests; none: they are built
     sha: str,                    # the commit, for the services to name
+    first: bool,                 # whether services that are not there are made
     passed: Rollout | None,      # the state of staging, for production
 ) -> Rollout:
     "The state before the first step; `InputError` for what must not begin."
@@ -373,7 +374,7 @@ def begin(
         raise InputError("repository: expected where built images go, such as us-central1-docker.pkg.dev/PROJECT/delta-go, got nothing")
     commands = json.loads((root / "deploy/bot/commands.json").read_text(encoding="utf-8")) if bot else {}
     built = {part: f"{target.repository}/{part}:{models}-{datetime.now(UTC):%Y%m%d%H%M%S}" for part in parts}
-    return Rollout(target, tuple(services), models, given or built, {name: read_flags(root, target, name) for name in services}, commands, build=not given, sha=sha)
+    return Rollout(target, tuple(services), models, given or built, {name: read_flags(root, target, name) for name in services}, commands, build=not given, sha=sha, first=first)
 
 # %% ../../nbs/ops/97_deploy.ipynb #39344066
 def taken_up(
