@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -118,7 +119,7 @@ def fresh(folder: Path, old: dict = OLD) -> Cloud:
     return Cloud(folder / "cloud").create(old)
 
 
-VARIANTS = {"services": (OLD, first()), "with the bot": (OLD, first(bot=True)), "first time": ({}, first()),
+VARIANTS = {"services": (OLD, first()), "with the bot": (OLD, first(bot=True)), "first time": ({}, msgspec.structs.replace(first(), first=True)),
             "one by one of an odd split": ({name: {f"{name}-1": 67, f"{name}-2": 33} for name in SERVICES}, first(services=("hmm-detector",)))}
 
 
@@ -247,6 +248,13 @@ def test_odd_split_comes_back_exactly(tmp_path):
         script(tmp_path, {str(k): "fail after"})
         assert isinstance(go(tmp_path, start=start), DeployFault)
         assert cloud.read()["services"]["hmm-detector"] | {"revisions": 0} == state["services"]["hmm-detector"] | {"revisions": 0}
+
+
+def test_absent_service_is_no_first_one(tmp_path):
+    """A list that lacks a service does not make one, and so never ends in removing one."""
+    cloud = fresh(tmp_path, {"hmm-detector": {"hmm-detector-1": 100}})
+    assert "trade-predictor: expected it in delta-go-staging" in str(go(tmp_path))
+    assert not any({"deploy", "delete"} & set(words) for words in cloud.calls())
 
 
 def test_open_service_is_left_alone(tmp_path):
@@ -387,7 +395,7 @@ def test_hanging_command_is_ended(tmp_path):
 
 # Two real services a side ---------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("kind, runs", [("good", 1), ("errors", 1), ("nan", 1), ("late", 1), *(pytest.param(kind, 1, marks=pytest.mark.slow) for kind in ("slow", "digest")),
+@pytest.mark.parametrize("kind, runs", [("good", 1), ("errors", 1), ("nan", 1), *(pytest.param(kind, 1, marks=pytest.mark.slow) for kind in ("slow", "digest", "late")),
                                         *(pytest.param(kind, 50, marks=pytest.mark.slow) for kind in KINDS_OF_CANDIDATES)])
 def test_rehearsal(tmp_path, kind, runs):
     """A bad candidate is rolled back each time, a good one gets everything; the champion fails nobody."""
@@ -494,7 +502,7 @@ def tree(folder: Path, key: str = "3") -> Path:
 
 def test_manifest_becomes_flags(tmp_path):
     """Everything the manifest says stands in the one call."""
-    flags = begin(TARGET, tree(tmp_path), list(SERVICES), False, {name: NEW[name] for name in SERVICES}, "", None).flags["hmm-detector"]
+    flags = begin(TARGET, tree(tmp_path), list(SERVICES), False, {name: NEW[name] for name in SERVICES}, "", False, None).flags["hmm-detector"]
     assert set(flags) == {
         "--cpu=1", "--memory=512Mi", "--concurrency=8", "--timeout=10", "--port=8080", "--min-instances=1", "--max-instances=3", "--no-cpu-throttling", "--cpu-boost", "--ingress=internal",
         "--service-account=hmm-detector@delta-go-staging.iam.gserviceaccount.com", "--set-env-vars=^|^SERVICE_AUTH=iam", "--set-secrets=SERVICE_API_KEYS=keys:3",
@@ -504,7 +512,7 @@ def test_manifest_becomes_flags(tmp_path):
 def test_secret_without_number_is_refused(tmp_path):
     """latest would change without a roll-out."""
     with pytest.raises(InputError, match="by its number"):
-        begin(TARGET, tree(tmp_path, "latest"), list(SERVICES), False, {name: NEW[name] for name in SERVICES}, "", None)
+        begin(TARGET, tree(tmp_path, "latest"), list(SERVICES), False, {name: NEW[name] for name in SERVICES}, "", False, None)
 
 
 @pytest.mark.parametrize("spoil", ["volumes", "securityContext", "annotation"])
@@ -521,7 +529,7 @@ def test_unknown_setting_is_refused(spoil):
 def test_production_takes_what_staging_passed(tmp_path):
     """No staging, a failed one, or one of other models: refused; else the very images."""
     root, production = tree(tmp_path / "root"), Target("production", "delta-go-live")
-    start = partial(begin, production, root, list(SERVICES), False, {}, "")
+    start = partial(begin, production, root, list(SERVICES), False, {}, "", False)
     good = msgspec.structs.replace(first(), outcome="done")
     for passed in (None, msgspec.structs.replace(good, outcome="back"), msgspec.structs.replace(good, models="0" * 12), msgspec.structs.replace(good, images={})):
         with pytest.raises(InputError, match="staging"):
@@ -550,7 +558,7 @@ def test_staged_tree_has_what_is_copied(tmp_path, name):
 def test_flags_are_gcloud_s_own(tmp_path):
     """Every call of a roll-out passes the real parser."""
     root = tree(tmp_path / "root")
-    start = begin(TARGET, root, list(SERVICES), True, NEW, "", None)
+    start = begin(TARGET, root, list(SERVICES), True, NEW, "", False, None)
     cloud = fresh(tmp_path / "run")
     assert go(tmp_path / "run", start=msgspec.structs.replace(start, build=False)).outcome == "done"
     seen = {tuple(words[:4] if words[0] != "compute" else words[:3]): words for words in cloud.calls()}
@@ -558,12 +566,15 @@ def test_flags_are_gcloud_s_own(tmp_path):
     extra += [["auth", "print-identity-token", "--audiences=https://x.example", "--impersonate-service-account=a@b.iam.gserviceaccount.com", "--include-email"],
               ["run", "services", "update-traffic", "hmm-detector", "--to-revisions=a=100", "--clear-tags", "--project=p", "--region=us-central1", "--format=json", "--quiet"],
               ["run", "services", "delete", "hmm-detector", "--project=p", "--region=us-central1", "--format=json", "--quiet"]]
-    import shlex
-    for words in [*{tuple(words[:3]): words for words in seen.values()}.values(), *extra]:
-        words = ["--command=words" if word.startswith("--command=") else word for word in words]  # those of a shell, see below
-        done = subprocess.run(["gcloud", "meta", "lint-gcloud-commands", f"--command-string=gcloud {shlex.join(words)}"], capture_output=True, text=True, timeout=120)
-        told = json.loads(done.stdout)[0]
-        assert told["success"], (words, told["error_message"])
+    extra += [["run", "services", "update-traffic", "hmm-detector", "--to-tagz=candidate=10"]]
+    told = [["--command=words" if word.startswith("--command=") else word for word in words]  # those of a shell, see below
+            for words in [*{tuple(words[:3]): words for words in seen.values()}.values(), *extra]]
+    (tmp_path / "commands.json").write_text(json.dumps([{"command_string": f"gcloud {shlex.join(words)}"} for words in told]))
+    done = subprocess.run(["gcloud", "meta", "lint-gcloud-commands", f"--commands-file={tmp_path / 'commands.json'}"], capture_output=True, text=True, timeout=120)
+    read = json.loads(done.stdout)
+    assert len(read) == len(told) and "to-tagz" in read[-1]["error_message"]
+    for words, verdict in zip(told[:-1], read):
+        assert verdict["success"], (words, verdict["error_message"])
 
 
 @pytest.mark.parametrize("name", COMMANDS)
