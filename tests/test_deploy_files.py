@@ -8,6 +8,7 @@ import math
 import operator
 import os
 import re
+import runpy
 import stat
 import subprocess
 import sys
@@ -39,6 +40,8 @@ VALIDATOR = jsonschema.Draft202012Validator(json.loads((DEPLOY / "schema/service
 ALERTS = {path.stem: yaml.safe_load(path.read_text()) for path in sorted((DEPLOY / "alerts").glob("*.yaml"))}
 LOG_METRICS = {path.stem: yaml.safe_load(path.read_text()) for path in sorted((DEPLOY / "alerts/log-metrics").glob("*.yaml"))}
 EVERY_FILE = [path for path in sorted(DEPLOY.rglob("*")) if path.is_file() and "__pycache__" not in path.parts]
+
+OWNERS = importlib.metadata.packages_distributions()
 
 
 def pins_of(path: Path) -> dict[str, str]:
@@ -190,8 +193,7 @@ def imported(*modules: str) -> set[str]:
     ("bot/requirements.txt", ["delta_go.cli", "delta_go.live.launch", "delta_go.live.paper", "delta_go.live.dashboard", "delta_go.live.notify", "apprise"])])
 def test_requirements_hold_what_is_imported(path, modules):
     """Nothing is loaded that the image lacks; what a workbench adds to a library by being there is no need."""
-    owners, pins = importlib.metadata.packages_distributions(), pins_of(DEPLOY / path)
-    loaded = {canonicalize_name(owner) for name in imported(*modules) for owner in owners.get(name, [])} - {"delta-go", "setuptools"}
+    pins, loaded = pins_of(DEPLOY / path), {canonicalize_name(owner) for name in imported(*modules) for owner in OWNERS.get(name, [])} - {"delta-go", "setuptools"}
     optional = {"aiodns", "pycares", "cffi", "cryptography", "pillow"} | ({"typing-extensions"} - set(pins))
     assert loaded - optional <= set(pins)
 
@@ -201,14 +203,12 @@ def test_functions():
     serving = pins_of(DEPLOY / "serving-requirements.txt")
     for name, target in zip(SERVICES, ("detect_regime", "predict_trade")):
         assert serving.items() <= pins_of(DEPLOY / f"functions/{name}/requirements.txt").items()
-        names: dict = {"__file__": str(DEPLOY / f"functions/{name}/main.py")}
         before = dict(os.environ)
         try:
-            exec(compile((DEPLOY / f"functions/{name}/main.py").read_text(), names["__file__"], "exec"), names)
+            assert callable(runpy.run_path(str(DEPLOY / f"functions/{name}/main.py"))[target])
         finally:
             os.environ.clear()
             os.environ.update(before)
-        assert callable(names[target])
     assert (DEPLOY / "functions/hmm-detector/requirements.txt").read_text() == (DEPLOY / "functions/trade-predictor/requirements.txt").read_text()
 
 
