@@ -1,9 +1,7 @@
 """The whole bot in borrowed time: exchange in a process of its own, the real loop and streams, and a clock that only moves while the bot has nothing to do."""
 from __future__ import annotations
 
-import base64
 import contextlib
-import pickle
 import subprocess
 import sys
 import time
@@ -14,6 +12,7 @@ from queue import Queue
 from types import SimpleNamespace
 from unittest.mock import patch
 
+import msgspec
 import numpy as np
 
 from delta_go.config import Settings, load_settings
@@ -74,7 +73,7 @@ def serve(told: str, clock: str) -> None:
         return last[0]
 
     with patch.object(emulator, "TICK", 0.003):
-        emulator.serve(pickle.loads(base64.b64decode(told)), lambda url: print(url, flush=True), read)
+        emulator.serve(msgspec.json.decode(told, type=Setup), lambda url: print(url, flush=True), read)
 
 
 @dataclass
@@ -141,7 +140,7 @@ def borrowed_exchange(setup: Setup, folder: Path) -> Iterator[World]:
     """An exchange that waits for the bot."""
     clock = folder / "clock"
     np.array([1_000.0, 0.0]).tofile(clock)
-    words = ["-c", "import sys; from benchmarks.borrowed import serve; serve(*sys.argv[1:])", base64.b64encode(pickle.dumps(setup)).decode(), str(clock)]
+    words = ["-c", "import sys; from benchmarks.borrowed import serve; serve(*sys.argv[1:])", msgspec.json.encode(setup).decode(), str(clock)]
     with child(words, {"PYTHONPATH": str(Path(__file__).parents[1])}, says_where) as url:
         yield World(np.memmap(clock, np.float64, "r+", shape=(2,)), setup.resolution, url)
 

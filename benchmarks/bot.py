@@ -1,10 +1,8 @@
 """The bot: from a candle's close to the entry order's first byte, seven days with faults and restarts, start-up and memory."""
 from __future__ import annotations
 
-import base64
 import contextlib
 import os
-import pickle
 import re
 import subprocess
 import sys
@@ -21,6 +19,7 @@ from tempfile import TemporaryDirectory
 from unittest.mock import patch
 
 import httpx
+import msgspec
 from rich.console import Console
 from rich.table import Table
 
@@ -358,8 +357,8 @@ def real_loop(minutes: float, over_http: bool) -> None:
 @contextlib.contextmanager
 def whole_exchange(setup: Setup) -> Iterator[str]:
     """An exchange in a process of its own that follows the real clock."""
-    code = "import base64, pickle, sys; from delta_go.live.emulator import serve; serve(pickle.loads(base64.b64decode(sys.argv[1])), lambda url: print(url, flush=True))"
-    with child(["-c", code, base64.b64encode(pickle.dumps(setup)).decode()], {}, says_where) as url:
+    code = "import msgspec, sys; from delta_go.live.emulator import serve; from delta_go.live.pace import Setup; serve(msgspec.json.decode(sys.argv[1], type=Setup), lambda url: print(url, flush=True))"
+    with child(["-c", code, msgspec.json.encode(setup).decode()], {}, says_where) as url:
         yield url
 
 

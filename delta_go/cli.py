@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'data_app', 'Symbols', 'Resolution', 'Start', 'End', 'Seed', 'Jobs', 'AllowGaps', 'main', 'split_words', 'run',
            'check', 'simulate', 'import_file', 'fetch', 'backtest', 'serve', 'emulate', 'rehearse', 'bot', 'dashboard',
-           'journal', 'explain']
+           'journal', 'explain', 'promote', 'rollback']
 
 # %% ../nbs/98_cli.ipynb #a7b6d849
 import json
@@ -294,3 +294,34 @@ def explain(
     Console().print(show_explanation(explanation))
     if json_file:
         write_explanation(explanation, json_file)
+
+# %% ../nbs/98_cli.ipynb #1fb00449
+@app.command()
+def promote(
+    candidate: Annotated[Path, typer.Option(help="Folder of a run, with models/ and reports/, or of models.")],
+    champion: Annotated[Path, typer.Option(envvar="DELTA_MODELS_DIR", help="Folder of the models in force.")] = Path("models"),
+    data: Annotated[str, typer.Option(help="Folder of candle files; the simulated market by default.")] = "",
+    proof: Annotated[Path | None, typer.Option(help="Folder of a second run; without it the candidate is trained again here.")] = None,
+    edge: Annotated[str, typer.Option(help="Of the simulated market, such as drift:40.")] = "",
+    jobs: Jobs = -1, allow_gaps: AllowGaps = False,
+) -> None:
+    "Judge a candidate by rule, write its evidence card, and put it in force if every line that is needed passes."
+    from delta_go.ops.promote import market_for, open_case
+    from delta_go.ops.promote import promote as judge
+    case = open_case(candidate, champion, market_for(candidate, data, edge, allow_gaps), proof=proof, jobs=jobs)
+    card = judge(case, champion, lambda line: typer.echo(line.words))
+    if card.outcome == "refused":
+        raise DeltaGoError(f"{card.words}; its card: {case.ours / 'promotion' / card.candidate}.html")
+    typer.echo(card.words)
+
+# %% ../nbs/98_cli.ipynb #a54b4305
+@app.command()
+def rollback(
+    champion: Annotated[Path, typer.Option(envvar="DELTA_MODELS_DIR", help="Folder of the models in force.")] = Path("models"),
+    to: Annotated[int, typer.Option(help="Which of the champions before: 1, the latest, to 3.")] = 1,
+) -> None:
+    "Put an older champion back; the one in force goes to the first place, so that doing it again undoes it."
+    from delta_go.learning.shelf import rollback as put_back
+    from delta_go.learning.shelf import shelved
+    manifest = put_back(champion, to)
+    typer.echo(f"in force: {manifest.version}, verdict {manifest.verdict}, {'approved' if manifest.approval else 'never approved'}; kept before it: {', '.join(map(str, shelved(champion)))}")
