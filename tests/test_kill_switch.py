@@ -364,7 +364,11 @@ def test_while_every_answer_takes_its_time(stage, way):
 def by_hand(stage: Stage, symbol: str, side: str, size: int) -> None:
     """A person trades with the bot's key."""
     account = Account(stage.exchange.url, Credentials(KEY, SECRET), fetch_listings(stage.exchange.url, list(SYMBOLS)), time.monotonic, clock=ExchangeClock(time.monotonic))
-    assert synchronise(account) is None
+    for _ in range(3):  # the market may just have been wound forward
+        if not (trouble := synchronise(account)):
+            break
+        account.clock.forget()
+    assert not trouble
     assert isinstance(place_order(account, OrderRequest("by-hand", symbol, side, size)), Accepted)  # type: ignore[arg-type]
     account.client.close()
 
