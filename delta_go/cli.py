@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'data_app', 'Symbols', 'Resolution', 'Start', 'End', 'Seed', 'Jobs', 'AllowGaps', 'main', 'split_words', 'run',
            'check', 'simulate', 'import_file', 'fetch', 'backtest', 'serve', 'emulate', 'rehearse', 'bot', 'dashboard',
-           'journal', 'explain', 'promote', 'rollback']
+           'journal', 'explain', 'promote', 'rollback', 'deploy']
 
 # %% ../nbs/98_cli.ipynb #a7b6d849
 import json
@@ -325,3 +325,53 @@ def rollback(
     from delta_go.learning.shelf import shelved
     manifest = put_back(champion, to)
     typer.echo(f"in force: {manifest.version}, verdict {manifest.verdict}, {'approved' if manifest.approval else 'never approved'}; kept before it: {', '.join(map(str, shelved(champion)))}")
+
+# %% ../nbs/98_cli.ipynb #5da2bd2f
+@app.command()
+def deploy(
+    env: Annotated[str, typer.Option(help="staging or production; production takes what staging passed.")] = "staging",
+    services: Annotated[str, typer.Option(help="Comma list; both move together by default.")] = "hmm-detector,trade-predictor",
+    with_bot: Annotated[bool, typer.Option("--bot", help="Move the bot too, after the services.")] = False,
+    first: Annotated[bool, typer.Option("--first", help="Make services that are not there yet.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a roll-out that was cut off.")] = False,
+    abort: Annotated[bool, typer.Option("--abort", help="Go back from a roll-out that was cut off.")] = False,
+    stage_only: Annotated[bool, typer.Option("--stage-only", help="Only lay out what a build would get, in build/stage.")] = False,
+    form: Annotated[str, typer.Option(help="With --stage-only: container or function.")] = "container",
+    image: Annotated[list[str] | None, typer.Option(help="NAME=REFERENCE@sha256:..., instead of building; once for each component.")] = None,
+    project: Annotated[str, typer.Option(envvar="DELTA_GCP_PROJECT", help="The project in Google Cloud.")] = "",
+    project_number: Annotated[str, typer.Option(envvar="DELTA_GCP_PROJECT_NUMBER", help="Its number, which stands in the services' addresses.")] = "",
+    region: Annotated[str, typer.Option(envvar="DELTA_GCP_REGION", help="Of the services.")] = "us-central1",
+    zone: Annotated[str, typer.Option(envvar="DELTA_GCP_ZONE", help="Of the bot's machine.")] = "us-central1-a",
+    repository: Annotated[str, typer.Option(envvar="DELTA_GCP_REPOSITORY", help="Of images: REGION-docker.pkg.dev/PROJECT/delta-go.")] = "",
+    caller: Annotated[str, typer.Option(envvar="DELTA_GCP_CALLER", help="Account whose identity tokens the services accept.")] = "",
+    sha: Annotated[str, typer.Option(envvar="GITHUB_SHA", help="The commit, for the services to name.")] = "",
+    states: Annotated[Path, typer.Option(help="Folder of the roll-outs' states.")] = Path("build/deploy"),
+    private: Annotated[bool, typer.Option("--no-allow-unauthenticated", help="Always so: no service is ever opened.")] = True,
+) -> None:
+    "Roll out in steps: golden requests, shadow comparison, 10, 50, 100 %; or back to the exact traffic of before."
+    import os
+    import signal
+
+    from delta_go.config import load_settings
+    from delta_go.house import project_root
+    from delta_go.live.notify import Notifier, read_urls
+    from delta_go.ops.deploy import begin, roll_out, stage
+    from delta_go.rollout import Target
+    root, parts = project_root(), split_words(services)
+    os.chdir(root)  # gcloud is told names relative to it
+    if stage_only:
+        for name in [*parts, *["bot"] * (with_bot and form == "container")]:
+            typer.echo(stage(root, root / "build/stage" / name, name, form))
+        return
+    if resume and abort:
+        raise InputError("expected --resume or --abort, got both")
+    target = Target(env, project, region, repository, zone, caller, project_number)
+    images = dict(pair.split("=", 1) if "=" in pair else (pair, "") for pair in image or ())
+    notifier = Notifier(read_urls(load_settings().notify.get_secret_value()), "delta_go deploy")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        end = roll_out(target, root, states, "resume" if resume else "abort" if abort else "begin",
+                       lambda passed: begin(target, root, parts, with_bot, images, sha, first, passed), notifier.tell, typer.echo)
+        typer.echo(f"{env}: {'rolled out to 100 %' if end.outcome == 'done' else 'traffic is as before'}")
+    finally:
+        notifier.close()
