@@ -326,7 +326,7 @@ def rollback(
     manifest = put_back(champion, to)
     typer.echo(f"in force: {manifest.version}, verdict {manifest.verdict}, {'approved' if manifest.approval else 'never approved'}; kept before it: {', '.join(map(str, shelved(champion)))}")
 
-# %% ../nbs/98_cli.ipynb #5da2bd2f
+# %% ../nbs/98_cli.ipynb #4d6655e9
 @app.command()
 def deploy(
     env: Annotated[str, typer.Option(help="staging or production; production takes what staging passed.")] = "staging",
@@ -366,7 +366,7 @@ def deploy(
     if resume and abort:
         raise InputError("expected --resume or --abort, got both")
     target = Target(env, project, region, repository, zone, caller, project_number)
-    images = dict(pair.split("=", 1) if "=" in pair else (pair, "") for pair in image or ())
+    images = {name: reference for name, _, reference in (pair.partition("=") for pair in image or ())}
     notifier = Notifier(read_urls(load_settings().notify.get_secret_value()), "delta_go deploy")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
