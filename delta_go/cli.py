@@ -326,7 +326,7 @@ def rollback(
     manifest = put_back(champion, to)
     typer.echo(f"in force: {manifest.version}, verdict {manifest.verdict}, {'approved' if manifest.approval else 'never approved'}; kept before it: {', '.join(map(str, shelved(champion)))}")
 
-# %% ../nbs/98_cli.ipynb #4d6655e9
+# %% ../nbs/98_cli.ipynb #2efe2d54
 @app.command()
 def deploy(
     env: Annotated[str, typer.Option(help="staging or production; production takes what staging passed.")] = "staging",
@@ -349,16 +349,15 @@ def deploy(
     private: Annotated[bool, typer.Option("--no-allow-unauthenticated", help="Always so: no service is ever opened.")] = True,
 ) -> None:
     "Roll out in steps: golden requests, shadow comparison, 10, 50, 100 %; or back to the exact traffic of before."
-    import os
     import signal
 
     from delta_go.config import load_settings
-    from delta_go.house import project_root
     from delta_go.live.notify import Notifier, read_urls
     from delta_go.ops.deploy import begin, roll_out, stage
     from delta_go.rollout import Target
-    root, parts = project_root(), split_words(services)
-    os.chdir(root)  # gcloud is told names relative to it
+    root, parts = Path.cwd(), split_words(services)
+    if not (root / "deploy").is_dir():
+        raise InputError("deploy: expected to be run in the repository's own folder, which has deploy/ in it; change to it first")
     if stage_only:
         for name in [*parts, *["bot"] * (with_bot and form == "container")]:
             typer.echo(stage(root, root / "build/stage" / name, name, form))
