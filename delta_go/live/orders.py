@@ -321,12 +321,11 @@ def _flatten(turn: _Turn, symbol: str, reason: str) -> None:
     elif under_way:
         turn.wake(max(turn.now + SECOND, max(intent.made_us for intent in under_way) + 2 * PAUSE))
 
-# %% ../../nbs/live/76_orders.ipynb #0bdee554
+# %% ../../nbs/live/76_orders.ipynb #4bb60595
 def _protect(turn: _Turn, symbol: str) -> None:
     "A position has its stop, and a stop has its position."
     state, held, listing = turn.state, turn.state.books.held.get(symbol, 0), turn.state.answered.get(OPEN, -1)
-    told = [order for order, at in state.legs.values() if listing < at + LAG + SECOND and order.id not in {known.id for known in state.listed}]
-    rest = [order for order in (*state.listed, *told) if order.symbol == symbol and state.strangers.get(str(order.id)) == LEG]
+    rest = [order for order in state.listed if order.symbol == symbol and state.strangers.get(str(order.id)) == LEG]
     if not held:
         state.naked = _without(state.naked, symbol)
         flatten = state.books.flatten
@@ -383,7 +382,7 @@ def _since(state: State) -> int:
     moments = [books.intents[name].made_us for name in books.live] + [at for symbol, at in newest.items() if books.held.get(symbol)]
     return max(0, min([books.fill_us or state.since_us, *moments]) - LOOK_BACK)
 
-# %% ../../nbs/live/76_orders.ipynb #6a810e0d
+# %% ../../nbs/live/76_orders.ipynb #0661fc46
 def step(
     state: State,
     event: Event,
@@ -400,8 +399,6 @@ def step(
             _on_answer(turn, event)
         case OrderSeen():
             _see(turn, event.order)
-            legs = _without(turn.state.legs, event.order.id)
-            turn.state.legs = {**legs, event.order.id: (event.order, now_us)} if event.order.live and event.order.bracket_order else legs
             if not event.order.live and any(order.id == event.order.id for order in state.listed):
                 turn.want(OPEN)  # it may have been somebody's stop
         case FillSeen():

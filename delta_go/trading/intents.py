@@ -138,7 +138,7 @@ class Question:
     asked_us: int  # an answer is true of this moment or later, less what the exchange lags
     since_us: int  # for history and fills
 
-# %% ../../nbs/trading/49_intents.ipynb #a9f24d63
+# %% ../../nbs/trading/49_intents.ipynb #f933e975
 @dataclass
 class State:
     "What the bot knows; `step` makes a new one and leaves the old one alone."
@@ -154,7 +154,6 @@ class State:
     seen: Mapping[str, int] = field(default_factory=dict)       # open intents: when the exchange first showed them
     over: Mapping[str, int] = field(default_factory=dict)       # open intents that ended: contracts they filled
     listed: tuple[Order, ...] = ()                              # what the newest listing shows as live
-    legs: Mapping[int, tuple[Order, int]] = field(default_factory=dict)  # bracket legs that the stream has shown as live, and when
     strangers: Mapping[str, str] = field(default_factory=dict)  # order ids of legs and of others, to whose they are
     positions: Mapping[str, int] = field(default_factory=dict)
     loose: tuple[Fill, ...] = ()                                # fills of orders we have not identified yet
