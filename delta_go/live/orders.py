@@ -345,7 +345,7 @@ def _protect(turn: _Turn, symbol: str) -> None:
         if listing - state.naked[symbol] >= PATIENCE:
             _flatten(turn, symbol, "no stop at the exchange")
 
-# %% ../../nbs/live/76_orders.ipynb #a739013d
+# %% ../../nbs/live/76_orders.ipynb #41c3db04
 def _drive(turn: _Turn) -> None:
     "Whatever is due now."
     state = turn.state
@@ -358,7 +358,8 @@ def _drive(turn: _Turn) -> None:
             _protect(turn, symbol)
         if state.books.flatten and not is_flat(state):
             _flatten(turn, symbol, state.books.halted)
-            turn.want(OPEN, turn.now + SECOND)
+        if state.books.flatten and (not is_flat(state) or turn.now - max(state.changed.values(), default=0) < 2 * LAG):
+            turn.want(OPEN, turn.now + SECOND)  # answers may lag: what was flat a moment ago may show a leg again
             turn.want(("position", symbol), turn.now + SECOND)
     ready, next_due = [], state.wake_us
     for key, at in state.due.items():
