@@ -85,7 +85,7 @@ def check_chain(
         before, epoch = row.hash, row.epoch
         yield row
 
-# %% ../../nbs/live/75_journal.ipynb #4ea6aa83
+# %% ../../nbs/live/75_journal.ipynb #08dd938f
 _TABLES = """
 BEGIN IMMEDIATE;
 CREATE TABLE IF NOT EXISTS journal (sequence INTEGER PRIMARY KEY, epoch INTEGER NOT NULL, time_us INTEGER NOT NULL,
@@ -99,7 +99,9 @@ COMMIT;
 _COLUMNS = "sequence, epoch, time_us, kind, key, body, hash"
 
 def _connect(path: Path, write: bool) -> sqlite3.Connection:
-    database = sqlite3.connect(path if write else f"{path.resolve().as_uri()}?mode=ro", uri=not write, isolation_level=None, timeout=5.0)
+    database = sqlite3.connect(path if write else f"{path.resolve().as_uri()}?mode={'rw' if os.access(path, os.W_OK) else 'ro'}", uri=not write, isolation_level=None, timeout=5.0)
+    if not write:
+        database.execute("PRAGMA query_only=1")  # may finish what a killed writer left in its log, and change nothing else
     if write:
         database.execute("PRAGMA journal_mode=WAL")
         database.execute("PRAGMA synchronous=FULL")
