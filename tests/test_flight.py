@@ -58,7 +58,7 @@ def flown(market, models, policy, folder, restart=0):
         def catch_up():
             for ahead[0] in (0, 6):
                 hands.handle(Tick())
-        return Flight(hands, LocalAdviser(models), [PRODUCTS[s] for s in symbols], LIMITS, catch_up, window_from(url, "1h"), funding, policy == "gate"), ahead
+        return Flight(hands, LocalAdviser(models), [PRODUCTS[s] for s in symbols], LIMITS, catch_up, window_from(client, "1h"), funding, policy == "gate"), ahead
 
     with running(Setup(**SPAN, leverage=LIMITS.leverage)) as exchange, httpx.Client(base_url=exchange.url, trust_env=False) as client:
         flight, ahead = take_off(exchange.url)

@@ -132,7 +132,7 @@ def in_the_bot(market, services: list[Running], home) -> Rows:
             for ahead[0] in (0, 6):
                 hands.handle(Tick())
 
-        flight = Flight(hands, adviser, [PRODUCTS[symbol] for symbol in symbols], LIMITS, catch_up, window_from(exchange.url, "1h"), funding)
+        flight = Flight(hands, adviser, [PRODUCTS[symbol] for symbol in symbols], LIMITS, catch_up, window_from(client, "1h"), funding)
         for _ in range(CLOSES):
             told = client.post("/emulator/ack", json={}).json()
             ahead[0] = 0

@@ -141,7 +141,7 @@ def hear(
         case OrderSeen() | FillSeen() | PositionSeen():
             hands.handle(event)
 
-# %% ../../nbs/live/89_bot.ipynb #290a45f8
+# %% ../../nbs/live/89_bot.ipynb #ba756f91
 def look_up_statuses(
     bot: Bot,
 ) -> None:
@@ -152,10 +152,10 @@ def look_up_statuses(
         listings = fetch_listings(str(bot.flight.executor.account.client.base_url), bot.symbols, BRIEF)
         found = {symbol: listing.trading_status for symbol, listing in listings.items() if listing.trading_status != "operational"}
     except InputError as error:
-        found = {"": str(error)}
+        found = {str(error).partition(":")[0]: "not listed as tradable"}
     except RetryError:
         return
-    bot.trading = {name: status for name, status in bot.trading.items() if not name} | found if "" not in found else found
+    bot.trading = {name: status for name, status in bot.trading.items() if not name} | found  # of the whole exchange only the stream tells
 
 # %% ../../nbs/live/89_bot.ipynb #349e239b
 DRAIN = 20.0  # seconds

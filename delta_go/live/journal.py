@@ -6,7 +6,7 @@
 __all__ = ['START', 'RESERVE', 'body_text', 'Row', 'chain', 'entry_of', 'check_chain', 'read_journal', 'verify', 'Journal',
            'open_journal', 'order_name', 'read_order_name', 'export_journal']
 
-# %% ../../nbs/live/75_journal.ipynb #dd736dea
+# %% ../../nbs/live/75_journal.ipynb #4afb324b
 import base64
 import binascii
 import fcntl
@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -219,12 +219,13 @@ class Journal:
         self._database.close()
         os.close(self._handle)
 
-# %% ../../nbs/live/75_journal.ipynb #83567c4f
+# %% ../../nbs/live/75_journal.ipynb #1db45b18
 def open_journal(
     path: Path,                     # made if it does not exist
     time_us: int,                   # microseconds UTC
     holder: str,                    # who writes, for a person to read
     secrets: tuple[str, ...] = (),  # texts that must never be written
+    admit: Callable[[list[Row]], None] = lambda rows: None,  # raises where this journal is not for us; nothing is written then
 ) -> tuple[Journal, list[Row]]:
     "The right to write, and what was written before."
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -233,6 +234,7 @@ def open_journal(
         _keep_reserve(path.with_suffix(".reserve"))
         database = _connect(path, True)
         rows = read_journal(path)
+        admit(rows)
         journal = Journal(path, database, handle, tuple(secret for secret in secrets if secret))
         journal.epoch = 1 + (rows[-1].epoch if rows else 0)
         journal.sequence, journal.hash = (rows[-1].sequence, rows[-1].hash) if rows else (0, START)

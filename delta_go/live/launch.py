@@ -7,7 +7,7 @@ __all__ = ['PRODUCTION', 'TESTNET', 'SENTENCE', 'INSIST', 'Place', 'place_of', '
            'check_listings', 'use_leverage', 'claim', 'check_owner', 'secrets_of', 'board', 'check_held', 'steady',
            'rules_of', 'on_paper', 'take_off', 'open_books', 'listen', 'aboard', 'obeying', 'clear', 'fly']
 
-# %% ../../nbs/live/92_launch.ipynb #c58c1c8b
+# %% ../../nbs/live/92_launch.ipynb #84f844da
 import contextlib
 import hashlib
 import logging
@@ -33,7 +33,7 @@ from .bot import Bot, Plan, limit_of, run, say
 from .exchange import BASE_URL, Credentials, Listing, fetch_listings, open_client
 from .executor import Executor
 from .flight import Flight
-from .journal import Row, entry_of, open_journal, read_journal
+from .journal import Row, entry_of, open_journal
 from .notify import Notifier, read_urls
 from .recent import Recent
 from .status import KILL, ask_kill
@@ -239,7 +239,7 @@ def on_paper(
         wire = "ws" + exchange.url.removeprefix("http")
         yield Place(exchange.url, f"{wire}/public", f"{wire}/private"), Credentials(*key)
 
-# %% ../../nbs/live/92_launch.ipynb #c26d4e8c
+# %% ../../nbs/live/92_launch.ipynb #6689e08a
 def take_off(
     settings: Settings,
     stack: contextlib.ExitStack,   # closes whatever is opened
@@ -272,8 +272,7 @@ def take_off(
 def open_books(folder: Path, owner: str, resolution: str, account: Account, rules: Rules, secrets: tuple[str, ...], stack: contextlib.ExitStack) -> Executor:
     "The journal of this account, and the protocol on it."
     now_us, path = steady(account), folder / "journal.db"
-    check_owner(read_journal(path) if path.exists() else [], owner, step_of(resolution))
-    journal, rows = open_journal(path, now_us(), owner, secrets)
+    journal, rows = open_journal(path, now_us(), owner, secrets, lambda rows: check_owner(rows, owner, step_of(resolution)))
     stack.callback(journal.close)
     return Executor(account, journal, rules, rows, now_us)
 

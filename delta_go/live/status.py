@@ -22,12 +22,12 @@ import msgspec
 from ..domain import InputError
 from ..market.candles import COLUMNS, Candles
 
-# %% ../../nbs/live/86_status.ipynb #bc99a8a5
+# %% ../../nbs/live/86_status.ipynb #6aee2074
 State = Literal["BOOT", "RUNNING", "DEGRADED", "DRAIN", "HALTED", "STOPPED"]
 
 class Cause(msgspec.Struct, frozen=True):
     "Why no entry is made."
-    name: str    # clock, stream, exchange, candles, services, disk, quota, models
+    name: str    # clock, stream, exchange, candles, services, disk, quota
     words: str   # for a person
     since: int   # seconds UTC
 
@@ -288,8 +288,8 @@ def figures_of(
     drawdown = max(0.0, 1 - account.equity / account.peak) if account.peak > 0 else 0.0
     return {"today": today, "daily_used": max(0.0, -today) / account.daily_loss, "drawdown": drawdown, "drawdown_used": drawdown / account.max_drawdown}
 
-# %% ../../nbs/live/86_status.ipynb #b6e46ccc
-CAUSES = ("clock", "stream", "exchange", "candles", "services", "disk", "quota", "models")
+# %% ../../nbs/live/86_status.ipynb #91453f04
+CAUSES = ("clock", "stream", "exchange", "candles", "services", "disk", "quota")
 BREAKERS = ("closed", "half open", "open")
 
 def plain_gauges(

@@ -4,13 +4,11 @@
 
 # %% auto #0
 __all__ = ['CHECKS', 'find_set', 'Rules', 'Line', 'line', 'Case', 'data_end', 'market_for', 'look', 'judge_leaks',
-           'regime_faults', 'judge_regimes', 'judge_names', 'golden_requests', 'services', 'judge_serve',
-           'training_market', 'retrain', 'judge_determinism', 'seen', 'judge_calibration', 'judge_gain',
-           'judge_champion', 'judge_luck', 'judge_drift', 'examine', 'Card', 'card_page', 'write_card', 'open_case',
-           'promote']
+           'regime_faults', 'judge_regimes', 'judge_names', 'golden_requests', 'judge_serve', 'training_market',
+           'retrain', 'judge_determinism', 'seen', 'judge_calibration', 'judge_gain', 'judge_champion', 'judge_luck',
+           'judge_drift', 'examine', 'Card', 'card_page', 'write_card', 'open_case', 'promote']
 
-# %% ../../nbs/ops/96_promote.ipynb #3e1f235b
-import contextlib
+# %% ../../nbs/ops/96_promote.ipynb #bd85e683
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -41,13 +39,12 @@ from ..learning.registry import (
     parse_manifest, read_current, regime_file)
 from ..learning.shelf import alone, change_champion, mark_of, read_set, unapproved
 from ..learning.training import TrainSettings, collect_examples, fit_all_regimes, read_all
-from ..live.rehearse import answers_at, child, free_ports
+from ..live.rehearse import services_on
 from ..market.candles import COLUMNS, contiguous
 from ..market.load import LoadedMarket, load_market
 from ..market.venue import costs_from
 from ..model_file import digest, parse_plain, write_bytes
 from ..serving.holder import data_end_of
-from ..serving.server import SERVICES
 
 # %% ../../nbs/ops/96_promote.ipynb #be455009
 def find_set(
@@ -190,7 +187,7 @@ def judge_names(case: Case) -> Line:
     told += f", at least {min(shared.values()):.0%} are named as by the champion ({case.rules.names:.0%} needed)" if shared else ", no champion of this kind to compare with"
     return line("names", good, told, kept_at_refit=kept, as_champion=shared)
 
-# %% ../../nbs/ops/96_promote.ipynb #22babbf9
+# %% ../../nbs/ops/96_promote.ipynb #c7659261
 def golden_requests(
     contents: Mapping[str, bytes],  # of a set
 ) -> Iterator[tuple[str, str, dict[str, Any], list[float]]]:  # service, file, body, the right numbers
@@ -205,21 +202,12 @@ def golden_requests(
             inputs = dict(zip(manifest.files[name]["features"], row))
             yield "trade-predictor", name, {key: None if math.isnan(value) else value for key, value in inputs.items()}, [answer]
 
-@contextlib.contextmanager
-def services(folder: Path) -> Iterator[dict[str, str]]:  # of models; addresses by name
-    "Both services on a set, as processes of their own."
-    told = {"HMM_MODEL_DIR": str(folder), "TRADE_PREDICTOR_MODEL": str(folder), "HOST": "127.0.0.1", "SERVICE_AUTH": "none", "K_SERVICE": "", "LOG_LEVEL": "ERROR"}
-    start = "from delta_go.serving.server import main; main()"
-    with contextlib.ExitStack() as stack:
-        yield {name: stack.enter_context(child(["-c", start, name], {**told, "PORT": str(port)}, answers_at(f"http://127.0.0.1:{port}")))
-               for name, port in zip(SERVICES, free_ports(len(SERVICES)))}
-
 def judge_serve(case: Case) -> Line:
     "Real services answer from this set what it answered in training."
     worst, asked, foreign = 0.0, 0, set()
     with TemporaryDirectory() as scratch:
         commit_files(Path(scratch, "models"), dict(case.contents))
-        with services(Path(scratch, "models")) as addresses, httpx.Client(trust_env=False, timeout=10) as client:
+        with services_on(Path(scratch, "models")) as addresses, httpx.Client(trust_env=False, timeout=10) as client:
             for service, name, body, right in golden_requests(case.contents):
                 answer = client.post(addresses[service], json=body).json()
                 said = answer.get("state_probabilities", {"": answer.get("probability")})
