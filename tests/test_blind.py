@@ -204,6 +204,7 @@ def closed_exchange(ground: Ground, home: Path) -> None:
     """Maintenance, an auction, and a restart without warning."""
     with trial(minute_market(ground.data), home, ground.models) as bot:
         well(bot)
+        until(lambda: len(bot.held()) < 3, "room for a signal", bot)
         bot.exchange.market = Ill("maintenance", "disrupted_cancel_only")
 
         def open_again() -> None:

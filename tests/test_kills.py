@@ -415,17 +415,30 @@ def test_a_second_bot_is_refused(world, tmp_path):
 
 @pytest.mark.parametrize("answers", [Answers(duplicate_id="accepted"), Answers(duplicate_id="rejected")], ids=["names may repeat", "names are unique"])
 def test_two_bots_on_two_machines_stop_when_they_meet(world, tmp_path, answers):
+    """Whoever can see an order of the other's halts; one that the exchange let nothing through shows nothing to the other."""
     homes = [tmp_path / name for name in "ab"]
+    halted = dict.fromkeys(homes, False)
     with running(minute_market(world[0], speed=world[2], script=Script(answers=answers))) as exchange:
         bots = [bot_of(exchange, world, home, home.with_suffix(".log"), RESTLESS + ELSEWHERE) for home in homes]
+
+        def shown(home: Path) -> bool:
+            """Whether the exchange has an order of this bot's."""
+            known = next(iter(httpx.get(f"{exchange.url}/emulator/state", timeout=30).json()["accounts"].values()))["by_client_order_id"]
+            rows = read_journal(home / "testnet" / "journal.db") if (home / "testnet" / "journal.db").exists() else []
+            return any(row.kind == "intent" and row.key in known for row in rows)
+
+        def met() -> bool:
+            halted.update({home: state_in(home / "testnet") == "HALTED" for home in homes})
+            return any(halted.values()) and all(halted[home] or not shown(other) for home, other in zip(homes, reversed(homes)))
         try:
-            met = wait_for(lambda: all(state_in(home / "testnet") == "HALTED" for home in homes), 60 + 300 / world[2])
+            found = wait_for(met, 60 + 300 / world[2], 1.0)
             account = next(iter(httpx.get(f"{exchange.url}/emulator/state", timeout=30).json()["accounts"].values()))
         finally:
             codes = [end(bot, 60) for bot in bots]
-    assert met, [state_in(home / "testnet") for home in homes]
+    assert found, halted
     assert codes == [0, 0] and check_cover(account) == []
     entries = Counter((order["product_symbol"], order["created_at"][:16]) for order in account["orders"] if order["client_order_id"] and not order["reduce_only"])
     assert entries and [order for order, count in entries.items() if count > 1] == []
     for home in homes:
-        assert any("another bot trades on this account" in entry.body["reason"] for row in read_journal(home / "testnet" / "journal.db") if (entry := entry_of(row)).kind == "halt")
+        said = [entry.body["reason"] for row in read_journal(home / "testnet" / "journal.db") if (entry := entry_of(row)).kind == "halt"]
+        assert bool(said) == halted[home] and all("another bot trades on this account" in reason for reason in said)
