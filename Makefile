@@ -23,7 +23,6 @@ test: $(STAMP)                      ## notebooks in sync, house rules, every cha
 
 ci: test                            ## what is too slow for every day
 	$(BIN)/pytest -m slow
-	DELTA_TEST_KILLS=200 $(BIN)/pytest -s tests/test_kills.py
 
 bench: $(STAMP)                     ## side-by-side speed ratios
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,bench]'

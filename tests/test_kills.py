@@ -28,7 +28,7 @@ from delta_go.market.accounts import Answers
 from delta_go.trading.intents import DENIED, DOUBTFUL, SECOND
 from tests.whole import end, environment, minute_data, minute_market, minute_models, start, state_in, wait_for
 
-KILLS = int(os.environ.get("DELTA_TEST_KILLS", "60"))  # of all campaigns together
+KILLS = int(os.environ.get("DELTA_TEST_KILLS", "200"))  # of all campaigns together
 WORLDS = (       # what the exchange may answer where its documents are silent; a campaign of kills in each, at once
     Answers(),
     Answers(duplicate_id="accepted", lookup_finds_closed=False, read_lag=3.0),

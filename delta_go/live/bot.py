@@ -59,7 +59,7 @@ def too_late(
     "How long after a close its entries may still be sent: the backtest fills them at once."
     return min(120.0, step / 10)
 
-# %% ../../nbs/live/89_bot.ipynb #00f44bfe
+# %% ../../nbs/live/89_bot.ipynb #3d1d21e4
 REPEAT = 300  # seconds until the same words are told again
 
 class Bot:
@@ -88,7 +88,7 @@ class Bot:
         self.state: State = "BOOT"
         self.started = wall()
         flight.price = self.prices.get
-        flight.barrier, flight.interrupted, flight.executor.tell = partial(barrier, self), lambda: bool(pulled(self)), self.report
+        flight.barrier, flight.interrupted, flight.executor.tell = partial(barrier, self), lambda: bool(pulled(self)), partial(self.report, fold=True)
 
     @property
     def now(self) -> float:
@@ -99,10 +99,10 @@ class Bot:
         "The open of the bar that is forming now, seconds UTC."
         return int(self.now) // self.plan.step * self.plan.step
 
-    def report(self, words: str, urgent: bool = False) -> None:
+    def report(self, words: str, urgent: bool = False, fold: bool = False) -> None:
         "Tell a person, and keep it for the status."
         words = redact(words)
-        if any(told.words == words and self.now - told.at < REPEAT for told in self.told):
+        if fold and any(told.words == words and self.now - told.at < REPEAT for told in self.told):
             return
         self.told.append(Told(int(self.now), words))
         self._tell(words, urgent or words.startswith("halted"))
