@@ -73,7 +73,7 @@ def serve(told: str, clock: str) -> None:
         return last[0]
 
     with patch.object(emulator, "TICK", 0.003):
-        emulator.serve(msgspec.json.decode(told, type=Setup), lambda url: print(url, flush=True), read)
+        emulator.serve(msgspec.msgpack.decode(bytes.fromhex(told), type=Setup), lambda url: print(url, flush=True), read)
 
 
 @dataclass
@@ -140,7 +140,7 @@ def borrowed_exchange(setup: Setup, folder: Path) -> Iterator[World]:
     """An exchange that waits for the bot."""
     clock = folder / "clock"
     np.array([1_000.0, 0.0]).tofile(clock)
-    words = ["-c", "import sys; from benchmarks.borrowed import serve; serve(*sys.argv[1:])", msgspec.json.encode(setup).decode(), str(clock)]
+    words = ["-c", "import sys; from benchmarks.borrowed import serve; serve(*sys.argv[1:])", msgspec.msgpack.encode(setup).hex(), str(clock)]
     with child(words, {"PYTHONPATH": str(Path(__file__).parents[1])}, says_where) as url:
         yield World(np.memmap(clock, np.float64, "r+", shape=(2,)), setup.resolution, url)
 

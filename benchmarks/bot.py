@@ -357,8 +357,8 @@ def real_loop(minutes: float, over_http: bool) -> None:
 @contextlib.contextmanager
 def whole_exchange(setup: Setup) -> Iterator[str]:
     """An exchange in a process of its own that follows the real clock."""
-    code = "import msgspec, sys; from delta_go.live.emulator import serve; from delta_go.live.pace import Setup; serve(msgspec.json.decode(sys.argv[1], type=Setup), lambda url: print(url, flush=True))"
-    with child(["-c", code, msgspec.json.encode(setup).decode()], {}, says_where) as url:
+    code = "import msgspec, sys; from delta_go.live.emulator import serve; from delta_go.live.pace import Setup; serve(msgspec.msgpack.decode(bytes.fromhex(sys.argv[1]), type=Setup), lambda url: print(url, flush=True))"
+    with child(["-c", code, msgspec.msgpack.encode(setup).hex()], {}, says_where) as url:
         yield url
 
 
