@@ -209,9 +209,14 @@ def test_a_stopped_position_earns_nothing():
 def right_side(market, symbol, kind):
     "The side to hold over each bar, known at the close before; plain loops, written apart from the package."
     candles, regimes, side, left, sides = market.candles[symbol], market.regimes[symbol], 0, 0, [0]
+    paid = dict(zip(market.funding[symbol].time.tolist(), market.funding[symbol].rate.tolist()))
     for t in range(len(candles) - 1):
         if kind == "drift":
             sides.append({BULL: 1, BEAR: -1}.get(int(regimes[t + 1]), 0))
+            continue
+        if kind == "funding":
+            rate = paid[int(candles.time[t + 1]) // 28_800 * 28_800]
+            sides.append(-1 if rate > 5e-5 else 1 if rate < 5e-5 else 0)
             continue
         turn = 0
         if kind == "feature" and market.spikes[symbol][t]:
@@ -227,7 +232,7 @@ def right_side(market, symbol, kind):
     return np.array(sides)
 
 
-@pytest.mark.parametrize("kind", ["drift", "reversion", "feature"])
+@pytest.mark.parametrize("kind", ["drift", "reversion", "feature", "funding"])
 @pytest.mark.parametrize("size", [15, 80])
 def test_a_planted_edge_has_the_stated_size(kind, size):
     earned = held = 0.0

@@ -172,13 +172,13 @@ def _inside_bar(variance: float, skew: float, drift: float, shocks: np.ndarray, 
     return here, highest, lowest
 
 # %% ../../nbs/market/14_simulate.ipynb #1486e247
-EDGE_KINDS = ("none", "drift", "reversion", "feature")
+EDGE_KINDS = ("none", "drift", "reversion", "feature", "funding")
 RANGE = 48  # closes whose range `reversion` looks at
 
 @dataclass(frozen=True, slots=True)
 class Edge:
     "An edge to plant: what kind, how large; InputError for an unknown kind or a size that is not positive."
-    kind: Literal["drift", "reversion", "feature"]
+    kind: Literal["drift", "reversion", "feature", "funding"]
     size_bps: float  # expected log return of HOLD bars held on the right side, basis points, before costs
 
     def __post_init__(self) -> None:
@@ -191,7 +191,7 @@ class Edge:
 @njit(cache=True)
 def _pull_after(kind: int, watched: bool, closes: np.ndarray, t: int, opened: float) -> float:
     "+1, -1, or 0 when bar t sets off nothing."
-    if not watched or kind < 2:
+    if not watched:
         return 0.0
     if kind == 3:
         return np.sign(closes[t] - opened)
@@ -283,9 +283,11 @@ def _simulate_symbol(symbol: str, weather: Weather, rng: np.random.Generator, ti
     kind = EDGE_KINDS.index(edge.kind if edge else "none")
     strength = edge.size_bps / 1e4 / HOLD if edge else 0.0
     lean = np.where(regimes == BULL, 1.0, np.where(regimes == BEAR, -1.0, 0.0))
-    prices = _walk(coin.price, coin.ticks, draw_openings(rng, weather, volatility, due, law), volatility**2, law.skew**lean, lean * strength * (kind == 1),
+    steady = {"drift": lean, "funding": -np.sign(rates[(time - paid_at[0]) // FUNDING_STEP] - law.funding_mean)}.get(EDGE_KINDS[kind], 0 * lean)
+    watched = {"reversion": regimes == RANGING, "feature": spikes}.get(EDGE_KINDS[kind], np.zeros(len(time), bool))
+    prices = _walk(coin.price, coin.ticks, draw_openings(rng, weather, volatility, due, law), volatility**2, law.skew**lean, steady * strength,
                    _mix(weather.shocks, rng.standard_normal(shape), law.correlation), 1 - rng.random((*shape, 2)), rng.random((shape[0], 2)),
-                   kind, strength, spikes if kind == 3 else regimes == RANGING)
+                   kind, strength, watched)
     volume = draw_volume(rng, time, loud, spikes, coin.volume * step / 3600, law)
     return Candles(symbol, step, time, *prices, volume), Funding(symbol, paid_at, rates), regimes, spikes
 
