@@ -157,11 +157,13 @@ class Exchange:
         self.listeners: list[Callable[[Order | Fill], None]] = []
         self.naked_since: dict[str, int] = {}
         self.naked_longest = 0   # while something could be done about it
+        self.bare_at: dict[str, int] = {}  # when a position last lacked a stop
         self.pulled = 0          # when somebody pulled the kill switch
         self.clean_since = 0     # from then on: since when nothing is held and nothing rests, 0 if something does
         self.outages: list[tuple[int, int]] = []   # nothing gets through
         self.absences: list[tuple[int, int]] = []  # nobody is there
         self.on_accept: Callable[[OrderRequest], None] = lambda request: None
+        self._only_orders_lag = random.Random(~world.seed).random() < 0.5  # fills and positions come from another copy of the books
         self._lag_now = self._lag_until = 0
         self._ids = itertools.count(1)
 
@@ -187,6 +189,8 @@ class Exchange:
             self.look_whether_clean()
         covered = any((stop := self.order(leg)).live and stop.stop_order_type == "stop_loss_order" and stop.unfilled_size >= abs(size)
                       and (stop.side == "sell") == (size > 0) for leg in self.legs[symbol])
+        if self.naked_since.get(symbol, self.world.now) < self.world.now:
+            self.bare_at[symbol] = self.world.now
         if size and not covered:
             self.naked_since.setdefault(symbol, self.world.now)
         elif symbol in self.naked_since:
@@ -344,7 +348,7 @@ class Exchange:
         return found
 
     def _lag(self) -> int:
-        """All answers come from one copy of the exchange's books, which stays behind for a while and catches up again."""
+        """Answers come from one copy of the exchange's books, which stays behind for a while and catches up again."""
         if self.switches.lag and self.world.now >= self._lag_until:
             self._lag_now = int(self.world.chance.choice((0.0, self.world.chance.uniform(0, self.switches.lag), self.switches.lag - 0.1)) * SECOND)
             self._lag_until = self.world.now + int(self.world.chance.uniform(5, 15) * SECOND)
@@ -352,7 +356,7 @@ class Exchange:
 
     def answer(self, question: Question) -> Answer[Any]:
         kind, about = question.key
-        lag = self._lag()
+        lag = 0 if self._only_orders_lag and kind in ("fills", "position") else self._lag()
         if kind == "position" and self.switches.position_lags:
             lag = max(lag, int(self.world.chance.uniform(0, 10) * SECOND))
         moment = self.world.now - lag
@@ -633,6 +637,10 @@ class Bot:
             self.faults.append(f"{request.client_order_id} could open a position without a stop")
         if len(self.exchange.named[request.client_order_id]) > 1:
             self.faults.append(f"{request.client_order_id} exists twice")
+        intent = self.state.books.intents.get(request.client_order_id) if self.state else None
+        covered = request.symbol not in self.exchange.naked_since and self.world.now - self.exchange.bare_at.get(request.symbol, 0) > 2 * NAKED
+        if intent and intent.reason == orders.NO_STOP and self.exchange.size(request.symbol) and covered:
+            self.faults.append(f"{request.client_order_id} closed a position that had its stop all the time")
 
     def _check_absorbing(self, before: Books, after: Books) -> None:
         if before.intents is not after.intents:
@@ -901,6 +909,7 @@ PLANTS: dict[str, dict[str, Callable[[Any], Any]]] = {
     **{name: {} for name in SHELL},  # these lie in what surrounds the protocol: see Bot
     "no fence": {"FENCE": lambda _: 0},
     "a fence that forgets the lag": {"FENCE": lambda _: 7 * SECOND},
+    "an old listing is believed": {"LAG": lambda _: 2 * SECOND},
     "not found is failed": {"_conclude": _concluded_when(lambda state, name: ("order", name) in state.answered)},
     "one way to ask": {"_conclude": _concluded_when(lambda state, name: state.answered.get(("order", name), -1) >= state.fences.get(name, 1 << 60))},
     "sent before it is written": {"step": _written_late},

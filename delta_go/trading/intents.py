@@ -7,10 +7,10 @@ __all__ = ['Kind', 'SECOND', 'Status', 'DOUBTFUL', 'DENIED', 'FINAL', 'LEG', 'FO
            'HISTORY', 'FILLS', 'PERIOD', 'Event', 'Effect', 'STALE', 'Entry', 'Rules', 'Intent', 'Books', 'post',
            'Question', 'State', 'Place', 'SendResult', 'Answered', 'Clock', 'Stop', 'Clear', 'Tick', 'Record', 'Send',
            'Cancel', 'Ask', 'Report', 'Refused', 'exposure', 'worst_notional', 'marks_of', 'blocked', 'refusal',
-           'broken_books', 'is_flat']
+           'broken_books', 'note_shown', 'shows_entry', 'is_flat']
 
-# %% ../../nbs/trading/49_intents.ipynb #364fdcde
-from collections.abc import Mapping
+# %% ../../nbs/trading/49_intents.ipynb #7b80459f
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from typing import Any, Literal
@@ -160,6 +160,7 @@ class State:
     odd: Mapping[str, int] = field(default_factory=dict)        # symbols whose position is not explained, since when
     changed: Mapping[str, int] = field(default_factory=dict)    # symbols, when a fill was last written down
     naked: Mapping[str, int] = field(default_factory=dict)      # symbols held without a stop, since when
+    shown: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)  # orders listed meanwhile: contracts filled, first and last asked for
     bare: Mapping[str, int] = field(default_factory=dict)       # symbols with legs and no position, since when
     tried: Mapping[str, int] = field(default_factory=dict)      # symbols or order ids: when we last tried to close or cancel
     wake_us: int = 0                                            # when to be ticked at the latest
@@ -335,6 +336,28 @@ def broken_books(
               (grown and worst_notional(after, rules, marks_of(after)) > rules.max_notional, "more than the limit of all positions"),
               *((grown and exposure(after, symbol) > rules.max_size[symbol], f"more {symbol} than its limit") for symbol in rules.contract_value)]
     return [words for fault, words in checks if fault]
+
+# %% ../../nbs/trading/49_intents.ipynb #167621fc
+def note_shown(
+    shown: Mapping[str, tuple[int, int, int]],
+    orders: Iterable[Order],  # of a listing
+    asked_us: int,            # when it was asked for
+) -> Mapping[str, tuple[int, int, int]]:  # contracts filled, first and last moment of asking, by client order id
+    "Which orders listings have shown, how far filled, and since when."
+    now = {order.client_order_id: order.filled_size for order in orders if order.client_order_id}
+    return {**shown, **{name: (filled, shown[name][1] if shown.get(name, (-1,))[0] == filled else asked_us, asked_us) for name, filled in now.items()}}
+
+def shows_entry(
+    state: State,
+    symbol: str,    # held without a stop in sight
+    asked_us: int,
+) -> bool:
+    "Whether a listing that was asked for at that moment shows the newest entry of this symbol with all the fills we know, and not for the first time."
+    for name, intent in reversed(tuple(state.books.intents.items())):
+        if intent.symbol == symbol and intent.filled and not intent.request.reduce_only:
+            filled, first, last = state.shown.get(name, (0, 0, 0))
+            return filled >= intent.filled and first < last == asked_us
+    return False
 
 # %% ../../nbs/trading/49_intents.ipynb #43b9aa2d
 def is_flat(
