@@ -159,3 +159,59 @@ def test_what_is_not_plain_is_refused(tmp_path, bad):
 def test_lines_are_strict_json(book):
     for line in book.read_text().splitlines():
         assert set(json.loads(line)) == {"previous", "id", "trial"}
+
+
+# the holdout
+
+DAYS = 86_400
+
+
+def test_a_holdout_is_opened_by_whatever_reaches_into_it(book):
+    assert trials.open_holdout(book, "idea", (0, 900 * DAYS), "ab") is None          # nothing declared, nothing written
+    assert len(trials.read_trials(book)) == 6
+    assert trials.declare_holdout(book, "idea", 300 * DAYS, 400 * DAYS) == trials.Holdout(300 * DAYS, 400 * DAYS, 0)
+    counts = [trials.open_holdout(book, "idea", span, "ab").openings for span in
+              ((0, 300 * DAYS), (400 * DAYS, 500 * DAYS), (0, 300 * DAYS + 1), (0, 300 * DAYS + 1), (399 * DAYS, 900 * DAYS), (0, 300 * DAYS))]
+    assert counts == [0, 0, 1, 2, 3, 3]                                               # the very same opening twice is two
+    assert trials.find_holdout(trials.read_trials(book), "other") is None and trials.count_trials(trials.read_trials(book), "idea").trials == 6
+
+
+def test_declaring_again_makes_nothing_fresh(book):
+    trials.declare_holdout(book, "idea", 300 * DAYS, 400 * DAYS)
+    trials.open_holdout(book, "idea", (0, 350 * DAYS), "ab")
+    assert trials.declare_holdout(book, "idea", 300 * DAYS, 400 * DAYS).openings == 1
+    assert trials.declare_holdout(book, "idea", 349 * DAYS, 600 * DAYS).openings == 1
+    assert trials.declare_holdout(book, "idea", 350 * DAYS, 600 * DAYS).openings == 0
+
+
+def test_an_opening_that_was_removed_is_noticed(book):
+    trials.declare_holdout(book, "idea", 300 * DAYS, 400 * DAYS)
+    for _ in range(2):
+        trials.open_holdout(book, "idea", (0, 400 * DAYS), "ab")
+    lines = book.read_text().splitlines(keepends=True)
+    for kept in (lines[:-1], lines[:-2] + lines[-1:], lines[:6] + lines[7:]):
+        book.write_text("".join(kept))
+        with pytest.raises(InputError, match="restore"):
+            trials.open_holdout(book, "idea", (0, 400 * DAYS), "ab")
+
+
+@pytest.mark.parametrize("span", [(5, 5), (6, 5), (-1, 5)])
+def test_a_holdout_needs_a_range(book, span):
+    with pytest.raises(InputError, match="start before its end"):
+        trials.declare_holdout(book, "idea", *span)
+
+
+def _open_ten(path):
+    for _ in range(10):
+        trials.open_holdout(path, "idea", (0, 10), "ab")
+
+
+def test_openings_at_the_same_moment_all_count(tmp_path):
+    path = tmp_path / "t.jsonl"
+    trials.declare_holdout(path, "idea", 0, 5)
+    writers = [multiprocessing.get_context("fork").Process(target=_open_ten, args=(path,)) for _ in range(3)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert trials.find_holdout(trials.read_trials(path), "idea").openings == 30

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['GENESIS', 'Trial', 'make_trial', 'canonical', 'trial_id', 'read_trials', 'record_trials', 'record_trial',
-           'TrialCount', 'count_trials']
+           'TrialCount', 'count_trials', 'Holdout', 'find_holdout', 'declare_holdout', 'open_holdout']
 
 # %% ../../nbs/evidence/51_trials.ipynb #6db3857d
 import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -139,18 +139,14 @@ def _write_head(path: Path, count: int, last: str) -> None:
     draft.write_text(f"{count} {last}\n")
     os.replace(draft, head)
 
-# %% ../../nbs/evidence/51_trials.ipynb #9b641022
-def record_trials(
-    path: str | Path,          # the ledger, made if it does not exist
-    trials: Sequence[Trial],
-) -> int:                      # how many were new
-    "Append the trials that are not there yet. Raises `InputError` if the ledger was tampered with."
-    path = Path(path)
+# %% ../../nbs/evidence/51_trials.ipynb #f41889ed
+def _append(path: Path, write: Callable[[Sequence[Trial]], Sequence[Trial]]) -> int:
+    "Lock, verify, append those of the written trials that are new."
     with _locked(path) as file:
         content = file.read()
         known, digests = _verify(path, content)
         seen, lines = {trial_id(trial) for trial in known}, []
-        for trial in trials:
+        for trial in write(known):
             if trial_id(trial) not in seen:
                 seen.add(trial_id(trial))
                 lines.append(_line(trial, digests[-1] if digests else GENESIS))
@@ -161,6 +157,14 @@ def record_trials(
         os.fsync(file.fileno())
         _write_head(path, len(digests), digests[-1] if digests else GENESIS)
     return len(lines)
+
+# %% ../../nbs/evidence/51_trials.ipynb #9b641022
+def record_trials(
+    path: str | Path,          # the ledger, made if it does not exist
+    trials: Sequence[Trial],
+) -> int:                      # how many were new
+    "Append the trials that are not there yet. Raises `InputError` if the ledger was tampered with."
+    return _append(Path(path), lambda known: trials)
 
 def record_trial(path: str | Path, trial: Trial) -> bool:  # was it new?
     "Append one trial, unless the very same one is there."
@@ -177,3 +181,54 @@ def count_trials(trials: Sequence[Trial], family: str) -> TrialCount:
     "Number of trials of a family, and the variance of their Sharpe ratios."
     ratios = [trial.sharpe for trial in trials if trial.family == family and trial.kind == "trial"]
     return TrialCount(len(ratios), float(np.var(ratios, ddof=1)) if len(ratios) > 1 else 0.0)
+
+# %% ../../nbs/evidence/51_trials.ipynb #c261466a
+@dataclass(frozen=True, slots=True)
+class Holdout:
+    "A range of time that a family keeps for the end, and how often it was opened."
+    start: int      # seconds UTC, the first open that belongs to it
+    end: int        # seconds UTC, the last close
+    openings: int   # judgements that reached into it
+
+def find_holdout(
+    trials: Sequence[Trial],  # of the ledger
+    family: str,
+) -> Holdout | None:          # None if nothing was ever declared
+    "The family's latest declaration with all openings of its days."
+    mine = [trial for trial in trials if trial.family == family]
+    declared = [trial for trial in mine if trial.kind == "holdout"]
+    if not declared:
+        return None
+    start, end = declared[-1].start, declared[-1].end
+    opened = [trial for trial in mine if trial.kind == "opening" and trial.start < end and trial.end > start]
+    return Holdout(start, end, len(opened))
+
+# %% ../../nbs/evidence/51_trials.ipynb #390220e3
+def _write_event(path: str | Path, kind: str, family: str, span: tuple[int, int], data: str = "") -> None:
+    def event(known: Sequence[Trial]) -> list[Trial]:
+        return [Trial(family, {"line": len(known) + 1}, data, int(span[0]), int(span[1]), 0.0, 0, 0.0, 3.0, kind=kind)]
+    _append(Path(path), event)
+
+def declare_holdout(
+    path: str | Path,  # the ledger, made if it does not exist
+    family: str,
+    start: int,        # seconds UTC
+    end: int,          # seconds UTC
+) -> Holdout | None:
+    "Keep a range for the end. Raises `InputError` for a range that is none."
+    if not 0 <= start < end:
+        raise InputError(f"holdout: expected a start before its end, got {start} and {end}; give both as seconds UTC")
+    _write_event(path, "holdout", family, (start, end))
+    return find_holdout(read_trials(path), family)
+
+def open_holdout(
+    path: str | Path,
+    family: str,
+    span: tuple[int, int],  # of all candles in use, training included, seconds UTC
+    data: str,              # their fingerprint
+) -> Holdout | None:        # None without a declaration
+    "Record that candles in use reach into the holdout, if they do."
+    found = find_holdout(read_trials(path), family)
+    if found and span[0] < found.end and span[1] > found.start:
+        _write_event(path, "opening", family, (max(span[0], found.start), min(span[1], found.end)), data)
+    return find_holdout(read_trials(path), family)
