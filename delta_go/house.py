@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['DEFAULT_EXP', 'FLOORS', 'CLOSED_DOORS', 'INFERENCE', 'HEAVY', 'DANGEROUS_IMPORTS', 'DANGEROUS_CALLS', 'VERSION',
            'MACHINERY', 'FORBIDDEN', 'KERNELS', 'RULES', 'project_root', 'Cell', 'read_cells', 'notebooks', 'Room',
-           'read_rooms', 'room_faults', 'imports_of', 'exported_rooms', 'floor_faults', 'tree_faults', 'export_faults',
-           'clean_faults', 'chapter_faults', 'is_literal', 'code_tree', 'workflow_faults', 'heavy_after',
-           'weight_faults', 'dangers_in', 'sources', 'danger_faults', 'read_ini', 'python_faults', 'normal_name',
-           'pin_faults', 'action_faults', 'project_files', 'word_faults', 'function_faults', 'shape_faults']
+           'chapter_number', 'read_rooms', 'room_faults', 'imports_of', 'exported_rooms', 'floor_faults', 'tree_faults',
+           'export_faults', 'clean_faults', 'chapter_faults', 'is_literal', 'code_tree', 'workflow_faults',
+           'heavy_after', 'weight_faults', 'dangers_in', 'sources', 'danger_faults', 'read_ini', 'python_faults',
+           'normal_name', 'pin_faults', 'action_faults', 'project_files', 'word_faults', 'function_faults',
+           'shape_faults']
 
 # %% ../nbs/99_house.ipynb #4d491bab
 import ast
@@ -64,12 +65,19 @@ def notebooks(
 @dataclass(frozen=True, slots=True)
 class Room:
     "A module, the chapter it comes from, and its place in the house."
-    number: int      # a room imports only from lower numbers
+    number: float    # a room imports only from lower numbers
     module: str      # such as market.candles
     notebook: Path
     purpose: str     # the line under the chapter's name
 
 DEFAULT_EXP = re.compile(r"^#\|\s*default_exp\s+(\S+)", re.MULTILINE)
+
+def chapter_number(
+    path: Path,  # of a notebook
+) -> float:      # 59.1 for 591_nulls, NaN for no chapter
+    "What a chapter's name begins with: two digits, and where a decade is full a third that comes between."
+    digits = re.match(r"\d\d\d?(?=_)", path.name)
+    return float("nan") if not digits else int(digits[0]) if len(digits[0]) == 2 else int(digits[0]) / 10
 
 def read_rooms(
     root: Path,  # the project's folder
@@ -79,14 +87,14 @@ def read_rooms(
     for path in notebooks(root):
         text = "\n".join(cell.source for cell in read_cells(path))
         module, purpose = DEFAULT_EXP.search(text), re.search(r"^> (.+)", text, re.MULTILINE)
-        if module and path.name[:2].isdigit():
-            rooms.append(Room(int(path.name[:2]), module[1], path, purpose[1] if purpose else ""))
-    return rooms
+        if module and chapter_number(path) >= 0:
+            rooms.append(Room(chapter_number(path), module[1], path, purpose[1] if purpose else ""))
+    return sorted(rooms, key=lambda room: room.number)
 
 # %% ../nbs/99_house.ipynb #6cf12ec1
 FLOORS = {
     "": (*range(0, 10), *range(90, 100)), "market": range(10, 20), "learning": range(20, 40), "trading": range(40, 50),
-    "evidence": range(50, 60), "serving": range(60, 70), "live": range(70, 95), "ops": range(95, 98),
+    "evidence": range(50, 60), "calibration": tuple(number / 10 for number in range(591, 600)), "serving": range(60, 70), "live": range(70, 95), "ops": range(95, 98),
 }
 
 def room_faults(
@@ -97,7 +105,7 @@ def room_faults(
     seen: dict[int, str] = {}
     for room in read_rooms(root):
         folder = "" if room.notebook.parent.name == "nbs" else room.notebook.parent.name
-        if room.module != ".".join(filter(None, (folder, room.notebook.stem[3:]))):
+        if room.module != ".".join(filter(None, (folder, room.notebook.stem.partition("_")[2]))):
             faults.append(f"{room.notebook.name} in '{folder}' exports {room.module}; folder and name must say the same")
         if room.number not in FLOORS.get(folder, ()):
             faults.append(f"{room.notebook.name} lies in '{folder}', whose numbers are others; see FLOORS")
@@ -191,9 +199,9 @@ def chapter_faults(
 ) -> list[str]:
     "Chapters without a name, a purpose or their guarantees."
     faults = []
-    for path in (path for path in notebooks(root) if path.name[:2].isdigit()):
-        prose = [cell.source for cell in read_cells(path) if cell.kind == "markdown"]
-        wanted = {f"a first line '# {path.stem[3:]}'": bool(prose) and prose[0].startswith(f"# {path.stem[3:]}\n"),
+    for path in (path for path in notebooks(root) if chapter_number(path) >= 0):
+        name, prose = path.stem.partition("_")[2], [cell.source for cell in read_cells(path) if cell.kind == "markdown"]
+        wanted = {f"a first line '# {name}'": bool(prose) and prose[0].startswith(f"# {name}\n"),
                   "a purpose in a line that starts with '> '": bool(prose) and "\n> " in prose[0],
                   "'What comes in' in its opening": "What comes in" in "".join(prose[:2]),
                   "'## What this chapter guarantees' at its end": bool(prose) and prose[-1].startswith("## What this chapter guarantees")}

@@ -76,6 +76,17 @@ def test_an_import_that_goes_up(small, code):
     assert house.floor_faults(small) == ["market.candles (10) imports learning.features (20): move what they share below both"]
 
 
+def test_a_floor_between_two_full_decades(small):
+    write_room(small, 52, "evidence.gate")
+    write_room(small, 591, "calibration.nulls", "from ..evidence.gate import x\n")
+    write_room(small, 60, "serving.service")
+    assert [room.number for room in house.read_rooms(small)][-3:] == [52, 59.1, 60] and house.room_faults(small) == house.floor_faults(small) == house.chapter_faults(small) == []
+    (small / "delta_go/evidence/gate.py").write_text("from ..calibration.nulls import x\n")
+    assert house.floor_faults(small)[0].startswith("evidence.gate (52) imports calibration.nulls (59.1)")
+    (small / "delta_go/calibration/nulls.py").write_text("from ..serving.service import x\n")
+    assert house.floor_faults(small)[1].startswith("calibration.nulls (59.1) imports serving.service (60)")
+
+
 def test_a_closed_door(small):
     write_room(small, 40, "trading.risk")
     write_room(small, 60, "serving.service", "from ..trading.risk import x\n")
