@@ -102,7 +102,7 @@ def room_faults(
 ) -> list[str]:
     "Chapters whose number, folder and module disagree, or that share a number."
     faults: list[str] = []
-    seen: dict[int, str] = {}
+    seen: dict[float, str] = {}
     for room in read_rooms(root):
         folder = "" if room.notebook.parent.name == "nbs" else room.notebook.parent.name
         if room.module != ".".join(filter(None, (folder, room.notebook.stem.partition("_")[2]))):
