@@ -3,8 +3,9 @@ PYTHON ?= python3.11
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+END    ?= $(shell $(PYTHON) -c 'from datetime import date, timedelta; print(date.today() - timedelta(weeks=8))')
 
-.PHONY: install run test ci bench lab clean
+.PHONY: install run test ci wheel retrain bench lab clean
 
 $(STAMP): settings.ini setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -23,6 +24,17 @@ test: $(STAMP)                      ## notebooks in sync, house rules, every cha
 
 ci: test                            ## what is too slow for every day
 	$(BIN)/pytest -m slow
+
+wheel:                              ## the wheel alone, in an empty environment without extras
+	rm -rf build/wheel build/lib && $(PYTHON) -m venv build/wheel
+	build/wheel/bin/python -m pip wheel --quiet --no-deps --wheel-dir build/wheel .
+	build/wheel/bin/python -m pip install --quiet -c constraints.txt build/wheel/delta_go-*.whl
+	cd build/wheel && bin/delta-go --help && bin/delta-go data simulate market --bars 600 && bin/delta-go backtest --data market --models ../../models
+
+retrain: $(STAMP)                   ## a candidate from build/candles beside the champion; it stops eight weeks short, on bars for the gate
+	rm -rf build/retrain && mkdir -p build/retrain/reports
+	cp -r models build/retrain && cp -r reports/walk_forward build/retrain/reports
+	$(BIN)/delta-go run --data build/candles --out build/retrain --end $(END) --allow-gaps
 
 bench: $(STAMP)                     ## side-by-side speed ratios
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,bench]'
