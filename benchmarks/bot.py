@@ -283,7 +283,7 @@ def show_soak(title: str, log: Log, entries: list[Entry], size: float, days: flo
         "exceptions nobody caught": f"{len(log.failed)}", "orders with one name": f"{sum(len(numbers) > 1 for numbers in account['by_client_order_id'].values())}",
         "longest without a stop": f"{max((cover['longest'] for cover in account['naked_seconds'].values()), default=0):.1f} s of the exchange",
         "faults": ", ".join(f"{count} {kind}" for kind, count in Counter(kind for kind, _ in state["faults"]).most_common()),
-        "resident": f"{warm.resident:.1f} MB after a sixth, {last.resident:.1f} MB at the end", "open files": f"{warm.files}, then {last.files}; most {max(body.files for body in log.bodies)}",
+        "resident": f"{', '.join(f'{log.bodies[len(log.bodies) * part // 6 - 1].resident:.1f}' for part in range(1, 7))} MB after each sixth", "open files": f"{warm.files}, then {last.files}; most {max(body.files for body in log.bodies)}",
         "threads": f"{warm.threads}, then {last.threads}; most {max(body.threads for body in log.bodies)}",
         "journal": f"{len(entries):,} rows ({', '.join(f'{count:,} {kind}' for kind, count in kinds.most_common())}), {size:.2f} MB, {size / days:.2f} MB a day",
     }.items():
