@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'data_app', 'Symbols', 'Resolution', 'Start', 'End', 'Seed', 'Jobs', 'AllowGaps', 'main', 'split_words', 'run',
            'check', 'simulate', 'import_file', 'fetch', 'backtest', 'serve', 'emulate', 'rehearse', 'bot', 'dashboard',
-           'journal', 'explain', 'promote', 'rollback', 'deploy']
+           'journal', 'explain', 'promote', 'rollback', 'deploy', 'verify']
 
 # %% ../nbs/98_cli.ipynb #a7b6d849
 import json
@@ -374,3 +374,27 @@ def deploy(
         typer.echo(f"{env}: {'rolled out to 100 %' if end.outcome == 'done' else 'traffic is as before'}")
     finally:
         notifier.close()
+
+# %% ../nbs/98_cli.ipynb #ec8eb896
+@app.command()
+def verify(
+    url: Annotated[list[str] | None, typer.Option(help="Ask a running service its recorded questions instead; once for each address.")] = None,
+    full: Annotated[bool, typer.Option("--full", help="Install each component into an empty environment before it is started.")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Where the findings go.")] = None,
+) -> None:
+    "Check files, models and images by starting them; one line each, then what is open before production."
+    import os
+    from functools import partial
+
+    from rich.console import Console
+
+    from delta_go.ops.verify import look, look_elsewhere, still_open
+    from delta_go.ops.verify import verify as tell
+    findings, items = (look_elsewhere(url, Path("models")), iter([])) if url else (look(Path.cwd(), full), still_open(Path.cwd(), os.environ))
+    report = tell(findings, items, partial(Console().print, highlight=False, soft_wrap=True))
+    if json_file:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        json_file.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    if wrong := [finding["check"] for finding in report["checks"] if not finding["holds"]]:
+        raise DeltaGoError(f"{len(wrong)} of {len(report['checks'])} checks: {', '.join(wrong)}")
+    typer.echo(f"all {len(report['checks'])} checks hold")

@@ -1,4 +1,4 @@
-"""What is in deploy/, read as data: manifests against a closed schema, pins, images, probes, identities, alarms that fire."""
+"""What is in deploy/ keeps the rules of `delta-go verify`, and what no rule about files can say: a closed schema, imports, secrets that are fetched, alarms that fire."""
 import base64
 import copy
 import importlib.metadata
@@ -24,8 +24,10 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from prometheus_client.parser import text_string_to_metric_families
 
+from delta_go.arrangement import command_of, instructions, pins
 from delta_go.live.bot import DRAIN
 from delta_go.live.status import Account, Holding, ServiceView, Sight, Status, metrics_text
+from delta_go.ops.verify import RULES, facts_of
 from delta_go.serving.access import OPEN_PATHS, read_settings
 from delta_go.serving.predict_trade import create_app
 from delta_go.serving.server import GRACE
@@ -39,64 +41,28 @@ MANIFESTS = {path.name: yaml.safe_load(path.read_text()) for path in sorted(DEPL
 VALIDATOR = jsonschema.Draft202012Validator(json.loads((DEPLOY / "schema/service.json").read_text()))
 ALERTS = {path.stem: yaml.safe_load(path.read_text()) for path in sorted((DEPLOY / "alerts").glob("*.yaml"))}
 LOG_METRICS = {path.stem: yaml.safe_load(path.read_text()) for path in sorted((DEPLOY / "alerts/log-metrics").glob("*.yaml"))}
-EVERY_FILE = [path for path in sorted(DEPLOY.rglob("*")) if path.is_file() and "__pycache__" not in path.parts]
-
+FACTS = facts_of(ROOT)
 OWNERS = importlib.metadata.packages_distributions()
 
 
-def pins_of(path: Path) -> dict[str, str]:
-    lines = [line.split("#")[0].strip() for line in path.read_text().splitlines()]
-    return {canonicalize_name(name): version for name, same, version in (line.partition("==") for line in lines if line) if same or pytest.fail(f"{path.name}: {name} is not pinned")}
+# Rules
 
 
-def container_of(manifest: dict) -> dict:
-    return manifest["spec"]["template"]["spec"]["containers"][0]
-
-
-def environ_of(manifest: dict) -> dict[str, str]:
-    return {item["name"]: item["value"] for item in container_of(manifest)["env"] if "value" in item}
+@pytest.mark.parametrize("group, name", [(group, name) for group, named in RULES.items() for name in named])
+def test_rule_is_kept(group, name):
+    """Each rule that `delta-go verify` has about files."""
+    assert not [*RULES[group][name](FACTS)]
 
 
 # Manifests
 
 
-def test_there_is_one_manifest_for_each_service_and_place():
-    assert set(MANIFESTS) == {f"{name}.{place}.yaml" for name in SERVICES for place in ("staging", "production")}
-
-
 @pytest.mark.parametrize("file", MANIFESTS)
-def test_manifest(file):
-    """The schema, and what a schema cannot say."""
-    manifest, (name, place, _) = MANIFESTS[file], file.split(".")
-    assert not [f"{'/'.join(map(str, error.path))}: {error.message}" for error in VALIDATOR.iter_errors(manifest)]
-    template, box = manifest["spec"]["template"], container_of(manifest)
-    notes, spec, environ = template["metadata"]["annotations"], template["spec"], environ_of(manifest)
-    assert (manifest["metadata"]["name"], manifest["metadata"]["labels"]["environment"], box["name"]) == (name, place, name)
-    assert spec["serviceAccountName"].startswith(f"{name}@") and f"/{name}:" in box["image"]
-    assert 1 <= int(notes["autoscaling.knative.dev/minScale"]) <= int(notes["autoscaling.knative.dev/maxScale"])
-    assert spec["containerConcurrency"] == int(environ["SERVICE_THREADS"]) + int(environ["SERVICE_QUEUE"]) - 2, "two places are for probes"
+def test_service_has_time_to_end(file):
+    """The platform waits longer for an answer than a service needs for its last ones, and asks where anybody may."""
+    spec = MANIFESTS[file]["spec"]["template"]["spec"]
     assert GRACE < spec["timeoutSeconds"] <= 10
-    startup, live = box["startupProbe"], box["livenessProbe"]
-    assert (startup["httpGet"]["path"], live["httpGet"]["path"]) == ("/health/startup", "/health/live") and {"/health/startup", "/health/live"} <= OPEN_PATHS
-    assert startup["failureThreshold"] * startup["periodSeconds"] <= 240
-    assert all(probe["timeoutSeconds"] <= probe["periodSeconds"] for probe in (startup, live))
-    assert environ["SERVICE_AUTH"] == "iam" and environ["SERVICE_IAM_AUDIENCE"].startswith(f"https://{name}-PROJECT_NUMBER.us-central1.")
-
-
-@pytest.mark.parametrize("file", MANIFESTS)
-def test_service_accepts_what_its_manifest_says(file):
-    """No misspelt or wrong variable: the service itself reads them."""
-    environ = {key: value.replace("PROJECT_NUMBER", "1234567890").replace("PROJECT_ID", "delta-go-project") for key, value in environ_of(MANIFESTS[file]).items()}
-    settings = read_settings({**environ, "PORT": "8080", "HOST": "0.0.0.0", "K_SERVICE": file.split(".")[0]})
-    assert settings.auth == "iam" and len(settings.iam_callers) == 2 and settings.port == 8080
-
-
-@pytest.mark.parametrize("name", SERVICES)
-def test_staging_is_production_but_for_its_size(name):
-    staging, production = (copy.deepcopy(MANIFESTS[f"{name}.{place}.yaml"]) for place in ("staging", "production"))
-    for manifest in (staging, production):
-        manifest["metadata"]["labels"]["environment"] = manifest["spec"]["template"]["metadata"]["annotations"]["autoscaling.knative.dev/maxScale"] = ""
-    assert staging == production
+    assert {spec["containers"][0][f"{kind}Probe"]["httpGet"]["path"] for kind in ("startup", "liveness")} <= OPEN_PATHS
 
 
 def set_at(manifest: dict, path: str, value) -> None:
@@ -137,47 +103,23 @@ def test_schema_refuses(path, value):
 # Images
 
 
-def dockerfile(name: str) -> list[list[str]]:
-    """Instructions as words, comments and continued lines taken care of."""
-    text = re.sub(r"\\\n", " ", "\n".join(line for line in (DEPLOY / name / "Dockerfile").read_text().splitlines() if not line.startswith("#")))
-    return [line.split(None, 1) for line in text.splitlines() if line.strip()]
-
-
 @pytest.mark.parametrize("name", PARTS)
 def test_dockerfile(name):
-    """The base, the user, the port, the form of CMD, and every source there and let through."""
-    steps = dockerfile(name)
-    assert {words.split(" AS ")[0] for step, words in steps if step == "FROM"} == {"python:3.11-slim"}
-    assert steps[[step for step, _ in steps].index("USER")][1] == "10001:10001"
-    [command] = [json.loads(words) for step, words in steps if step == "CMD"]
-    assert command[:2] == ["sh", "-c"] and command[2].startswith("exec ") and "${PORT:-" in command[2]
-    assert command[2].endswith("delta-go bot" if name == "bot" else f"delta-go-serve {name}")
-    assert ("EXPOSE", "8095" if name == "bot" else "8080") in [tuple(step) for step in steps] and ["STOPSIGNAL", "SIGTERM"] in steps
-    text = (DEPLOY / name / "Dockerfile").read_text()
-    assert not re.search(r"debug|FLASK_|:latest|curl|wget|apt-get|ADD |--privileged|KEY=|SECRET=", text, re.I)
-    sources = [source for step, words in steps if step == "COPY" and "--from" not in words for source in words.split()[:-1]]
-    ignore = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and not line.startswith("#")]
-    assert ignore[0] == "*"
-    for source in sources:
-        assert (ROOT / source).exists()
-        assert any(source == line[1:] or source.startswith(f"{line[1:]}/") for line in ignore if line.startswith("!")), f"{source} is kept out by .dockerignore"
-    [models] = [words.split()[:-1] for step, words in steps if step == "COPY" and "models/manifest.json" in words]
-    held = {path.name for path in (ROOT / "models").iterdir() if path.suffix == ".pkl"}
-    wanted = {"hmm-detector": {file for file in held if file.startswith("hmm_model_")}, "trade-predictor": {"trade_predictor.pkl"}, "bot": held}[name]
-    assert {Path(source).name for source in models} == wanted | {"manifest.json"}
+    """The program, the port it says, the signal it hears, and nothing that does not belong into an image."""
+    steps = instructions(text := (DEPLOY / name / "Dockerfile").read_text())
+    assert command_of(text)[2].endswith("delta-go bot" if name == "bot" else f"delta-go-serve {name}")
+    assert ("EXPOSE", "8095" if name == "bot" else "8080") in steps and ("STOPSIGNAL", "SIGTERM") in steps
+    assert not re.search(r"curl|wget|apt-get|ADD |--privileged|KEY=|SECRET=", text, re.I)
 
 
-def test_pins_are_the_projects():
-    """Every line is pinned as everywhere else, and nothing needed is left to chance."""
-    constraints = pins_of(ROOT / "constraints.txt")
-    workbench = dict(re.findall(r"([a-z][\w-]*)==(\S+)", (ROOT / "settings.ini").read_text()))
+def test_nothing_needed_is_left_to_chance():
+    """All that a pin needs is pinned too."""
     for path, roots in (("serving-requirements.txt", {"numpy", "flask", "msgspec", "gunicorn", "prometheus-client"}), ("bot/requirements.txt", {"numpy", "httpx", "websockets", "typer", "pydantic-settings", "apprise", "aiohttp"})):
-        pins = pins_of(DEPLOY / path)
-        assert roots <= set(pins) and pins.items() <= constraints.items()
-        assert {name: version for name, version in workbench.items() if name in pins}.items() <= pins.items()
-        for name in pins:
+        found = pins((DEPLOY / path).read_text())
+        assert roots <= set(found)
+        for name in found:
             needs = [Requirement(words) for words in importlib.metadata.requires(name) or []]
-            missing = {need.name for need in needs if (need.marker is None or need.marker.evaluate({"extra": ""})) and canonicalize_name(need.name) not in pins}
+            missing = {need.name for need in needs if (need.marker is None or need.marker.evaluate({"extra": ""})) and canonicalize_name(need.name) not in found}
             assert not missing, f"{path}: {name} needs {missing}"
 
 
@@ -193,16 +135,14 @@ def imported(*modules: str) -> set[str]:
     ("bot/requirements.txt", ["delta_go.cli", "delta_go.live.launch", "delta_go.live.paper", "delta_go.live.dashboard", "delta_go.live.notify", "apprise"])])
 def test_requirements_hold_what_is_imported(path, modules):
     """Nothing is loaded that the image lacks; what a workbench adds to a library by being there is no need."""
-    pins, loaded = pins_of(DEPLOY / path), {canonicalize_name(owner) for name in imported(*modules) for owner in OWNERS.get(name, [])} - {"delta-go", "setuptools"}
-    optional = {"aiodns", "pycares", "cffi", "cryptography", "pillow"} | ({"typing-extensions"} - set(pins))
-    assert loaded - optional <= set(pins)
+    found, loaded = pins((DEPLOY / path).read_text()), {canonicalize_name(owner) for name in imported(*modules) for owner in OWNERS.get(name, [])} - {"delta-go", "setuptools"}
+    optional = {"aiodns", "pycares", "cffi", "cryptography", "pillow"} | ({"typing-extensions"} - set(found))
+    assert loaded - optional <= set(found)
 
 
 def test_functions():
-    """Both forms are pinned alike, and the entry points are the services' own."""
-    serving = pins_of(DEPLOY / "serving-requirements.txt")
+    """Both are pinned alike, and the entry points are the services' own."""
     for name, target in zip(SERVICES, ("detect_regime", "predict_trade")):
-        assert serving.items() <= pins_of(DEPLOY / f"functions/{name}/requirements.txt").items()
         before = dict(os.environ)
         try:
             assert callable(runpy.run_path(str(DEPLOY / f"functions/{name}/main.py"))[target])
@@ -212,24 +152,7 @@ def test_functions():
     assert (DEPLOY / "functions/hmm-detector/requirements.txt").read_text() == (DEPLOY / "functions/trade-predictor/requirements.txt").read_text()
 
 
-# Identities and secrets
-
-
-def test_nobody_is_let_in_who_should_not_be():
-    """No public member, no owner or editor, no secret by a moving name, no key, in any file."""
-    for path in EVERY_FILE:
-        text = path.read_text()
-        assert not re.search(r"allUsers|allAuthenticatedUsers|roles/owner|roles/editor|roles/viewer\b|--allow-unauthenticated|versions/latest|:latest\b|BEGIN [A-Z ]*PRIVATE KEY", text.replace("`latest`", "")), path
-
-
-def test_each_component_has_an_account_of_its_own():
-    roles = json.loads((DEPLOY / "access/roles.json").read_text())
-    assert set(roles) == {*PARTS, "deployer"}
-    assert not any(roles[name].get(kind) for name in SERVICES for kind in ("project", "secrets", "services"))
-    readers = [name for name, each in roles.items() if "roles/secretmanager.secretAccessor" in json.dumps(each)]
-    assert readers == ["bot"]
-    members = [member for binding in json.loads((DEPLOY / "access/invokers.json").read_text())["bindings"] for member in binding["members"]]
-    assert sorted(members) == [f"serviceAccount:{name}@PROJECT_ID.iam.gserviceaccount.com" for name in ("bot", "deployer")]
+# Secrets
 
 
 class Cloud(BaseHTTPRequestHandler):
@@ -365,8 +288,6 @@ def test_alarm_fires_on_its_trouble_alone(name):
 def test_every_alarm_has_a_trouble_and_a_metric():
     """No alarm names a number that nobody writes."""
     assert set(QUERIES) == set(TROUBLE)
-    page = numbers(WELL)
-    assert all(set(re.findall(r"delta_go_[a-z_]+", query)) <= set(page) for query in QUERIES.values())
     filters = {name: alert["conditions"][0]["conditionThreshold"]["filter"] for name, alert in ALERTS.items() if name not in QUERIES}
     named = {re.search(r'metric\.type="logging\.googleapis\.com/user/([a-z-]+)"', words)[1] for words in filters.values()}
     assert named == set(LOG_METRICS) == {metric["name"] for metric in LOG_METRICS.values()}
