@@ -271,7 +271,7 @@ def bot_call(
     if not IMAGE.fullmatch(image):
         raise DeployFault(f"bot: expected an image by its digest, got {short(image, 80)!r}")
     words = rollout.commands[OTHER_IMAGE.get(step.kind, step.kind).removeprefix("bot ")].replace("{image}", image)
-    return ["compute", "ssh", "bot", f"--project={rollout.target.project}", f"--zone={rollout.target.zone}", "--tunnel-through-iap", "--quiet", f"--command={words}"]
+    return ["compute", "ssh", "bot", f"--project={rollout.target.project}", f"--zone={rollout.target.zone}", "--tunnel-through-iap", "--ssh-key-expire-after=1h", "--quiet", f"--command={words}"]
 
 def call_of(
     rollout: Rollout,
@@ -407,8 +407,8 @@ def learn(
     if step.kind in ("record", "look", "see", "confirm"):
         return learn_splits(rollout, step, read_splits(text))
     if step.kind == "bot current":
-        if not IMAGE.fullmatch(text.strip()):
-            raise DeployFault(f"bot: expected the image that it runs, by its digest, got {short(text.strip(), 80)!r}; the first one is put there by hand")
+        if not IMAGE.fullmatch(text.strip()) and (text.strip() or not rollout.first):
+            raise DeployFault(f"bot: expected the image that it runs, by its digest, got {short(text.strip(), 80)!r}; a machine that has none yet is set up with --first")
         return replace(rollout, bot_before=text.strip())
     if step.kind not in ("guard", "digest", "errors"):
         return rollout

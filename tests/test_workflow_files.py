@@ -441,7 +441,7 @@ def test_every_command_of_ours_in_the_guide_is_there(guided, tmp_path):
     lines = [line for text in texts for line in in_prose(text, r"\.venv/bin/delta-go")]
     for line in lines:
         desk.run(line, PROJECT="p")
-    assert len(desk.heard("delta-go")) == len(lines) == 3
+    assert len(desk.heard("delta-go")) == len(lines) == 2
     for words in desk.heard("delta-go"):
         parse(["delta-go", *words])
     assert ["workflow", "run", "deploy-gcp.yml", "--repo", "me/delta_go", "--field", "first=true"] in guided.heard("gh")

@@ -406,6 +406,9 @@ def roll_out(
     "Begin, go on, or go back; a `DeployFault` unless it ends as it was asked to."
     path = folder / f"{target.env}.json"
     with state_of(path) as left:
+        if how == "abort" and left is not None and left.outcome == "back":
+            say(f"{target.env}: went back by itself, traffic is as before")
+            return left
         if how != "begin":
             rollout = taken_up(left, target, how, lambda lost: read_splits(gcloud(call_of(lost, Step("see")) or [], pace.call)))
         elif left is not None and left.outcome in ("under way", "stuck"):
