@@ -277,6 +277,27 @@ def test_sick_bot_takes_everything_back(tmp_path):
     assert side(cloud) == "old" and cloud.read()["bot"]["image"] == OLD_BOT
 
 
+def test_abort_after_it_went_back_is_no_error(tmp_path):
+    """A workflow aborts whatever failed: where nothing is left to take back, nothing is called."""
+    cloud = fresh(tmp_path)
+    script(tmp_path, {"8": "fail before"})
+    assert isinstance(go(tmp_path), DeployFault)
+    calls = len(cloud.calls())
+    assert go(tmp_path, "abort").outcome == "back" and len(cloud.calls()) == calls and side(cloud) == "old"
+
+
+@pytest.mark.parametrize("sick", [False, True])
+def test_first_bot_of_a_machine(tmp_path, sick):
+    """A machine without an image gets its first one with --first, and has none again if that one is not well."""
+    cloud = fresh(tmp_path, {})
+    state = cloud.read()
+    state["bot"] = {"image": "", "running": False, "sick": [NEW["bot"]] if sick else []}
+    cloud.write(state)
+    end = go(tmp_path, start=msgspec.structs.replace(first(bot=True), first=True))
+    assert isinstance(end, DeployFault) if sick else end.outcome == "done"
+    assert cloud.read()["bot"]["running"] is not sick and (cloud.read()["services"] == {}) is sick
+
+
 def test_errors_in_the_log_take_it_back(tmp_path):
     """Real requests that failed count, even if all of ours went well."""
     cloud = fresh(tmp_path)
