@@ -128,7 +128,7 @@ def permissions_least(facts: Facts) -> Iterator[str]:
         if flow.get("permissions", "all") != {}:
             yield f"{file}: expected 'permissions: {{}}' at the top, got {short(str(flow.get('permissions', 'none')), 80)}; give each job its own"
         for name, job in flow["jobs"].items():
-            given = job.get("permissions", "those of the top")
+            given = job.get("permissions", {})
             writes = {right for right, kind in given.items() if kind == "write"} if isinstance(given, dict) else {str(given)}
             for right in sorted(writes - WRITES.get(file, set())):
                 yield f"{file}: expected the job {name} to write at most {', '.join(sorted(WRITES.get(file, {'nothing'})))}, got {right}; take it away"

@@ -195,7 +195,7 @@ def ask_golden(
     questions: Sequence[Question],
 ) -> str:  # what was seen
     "Every recorded answer comes again, or a `DeltaGoError`."
-    worst = max(max(abs(given - recorded) for given, recorded in zip(ask(adviser), answer, strict=True)) for ask, answer in questions)
+    worst = float(np.max([np.abs(np.subtract(ask(adviser), answer)).max() for ask, answer in questions]))
     if not worst <= TOLERANCE:
         raise DeltaGoError(f"expected the recorded answers to within {TOLERANCE:g}, they differ by {worst:.3g}; these models are not answered from, or not by this code")
     return f"{len(questions)} recorded requests answered, {'to the bit' if worst == 0 else f'to within {worst:.1g}'}"
