@@ -26,7 +26,7 @@ from delta_go.learning.features import regime_inputs
 from delta_go.learning.predictor import PREDICTOR_FEATURES
 from delta_go.learning.predictor_fit import Examples, fit_predictor
 from delta_go.learning.regime_fit import fit_rule
-from delta_go.learning.registry import EVIDENCE, MANIFEST_FILE, PREDICTOR_FILE, Manifest, load_models, parse_manifest, regime_file, save_models
+from delta_go.learning.registry import EVIDENCE, MANIFEST_FILE, PREDICTOR_FILE, Manifest, load_models, manifest_bytes, parse_manifest, regime_file, save_models
 from delta_go.learning.shelf import alone, change_champion, mark_of, read_set, rollback, shelved
 from delta_go.learning.training import TrainSettings, collect_examples, fit_all_regimes, read_all
 from delta_go.market.load import LoadedMarket
@@ -123,7 +123,7 @@ def test_an_honest_candidate_is_approved_and_can_be_taken_back(world, champion):
     assert outside_needs(page) == [] and all(line.found.split(":")[0][:30] in page for line in card.lines if "&" not in line.found and "'" not in line.found)
     assert json.loads(raw)["outcome"] == "approved" and str(world.home) not in raw.decode()
     loaded = load_models(champion).manifest
-    assert loaded.approval == {"card": digest(raw), "rules": "1", "replaces": parse_manifest(before[MANIFEST_FILE]).version, "data_end": card.data_end}
+    assert loaded.approval == {"set": card.candidate, "card": digest(raw), "rules": "1", "replaces": parse_manifest(before[MANIFEST_FILE]).version, "data_end": card.data_end}
     assert unapproved(read_set(champion)) == read_set(run / "models") and loaded.version == card.candidate
     assert read_set(champion / "previous" / "1") == before
 
@@ -262,8 +262,23 @@ def test_a_second_run_may_prove_determinism(world, champion, calm, quick, tmp_pa
     rollback(champion)
     card = promote(world.case(calm, champion, proof=world.home / "new"), champion)
     assert card.outcome == "refused" and "trade_predictor.pkl" in card.lines[0].found
-    card = promote(world.case(calm, champion, proof=tmp_path / "nowhere"), champion)
-    assert card.outcome == "refused" and status(card) == {"determinism": "missing"}
+    (tmp_path / "twice" / "models" / PREDICTOR_FILE).write_bytes(b"half a file")
+    for proof, words in ((tmp_path / "nowhere", "manifest.json"), (calm, "the candidate itself"), (calm / "models", "the candidate itself"), (tmp_path / "twice", "trade_predictor.pkl")):
+        card = promote(world.case(calm, champion, proof=proof), champion)
+        assert card.outcome == "refused" and status(card) == {"determinism": "missing"} and words in card.lines[0].found
+
+
+def test_a_seed_that_was_not_the_training_s_is_found_out(world, champion, quick, tmp_path):
+    """The second training is a real one: told another seed, it gives other bytes."""
+    quick("determinism")
+    manifest = json.loads((world.home / "new" / "models" / MANIFEST_FILE).read_text())
+    for seed, expected in ((0, "pass"), (1, "fail")):
+        shutil.copytree(world.home / "new", tmp_path / str(seed))
+        files = {name: {**entry, "seeds": [seed]} for name, entry in manifest["files"].items()}
+        (tmp_path / str(seed) / "models" / MANIFEST_FILE).write_bytes(manifest_bytes(Manifest(**{**manifest, "files": files})))
+        case = world.case(tmp_path / str(seed), champion)
+        line = examine(case)[0]
+        assert (line.check, line.status) == ("determinism", expected) and (PREDICTOR_FILE in line.numbers["differs"]) == (expected == "fail")
 
 
 def test_other_candles_prove_nothing(world, champion, calm, quick):

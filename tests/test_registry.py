@@ -30,7 +30,6 @@ from delta_go.learning.registry import (
     manifest_bytes,
     open_models,
     parse_manifest,
-    promote_models,
     regime_file,
     require_resolution,
     save_models,
@@ -437,41 +436,57 @@ def test_really_killed_while_saving(tmp_path, predictor, rows, kills):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hmm_model_BTCUSD.pkl", "hmm_model_ETHUSD.pkl", "manifest.json", "trade_predictor.pkl"]
 
 
-def test_promotion_is_byte_for_byte_and_checked(tmp_path, predictor, rows, contents):
-    save(tmp_path / "build", predictor, rows)
-    manifest = promote_models(tmp_path / "build", tmp_path / "models")
-    assert {path.name: path.read_bytes() for path in (tmp_path / "models").iterdir()} == contents
-    save(tmp_path / "build", predictor, rows, "better", nudge=0.2)
-    (tmp_path / "build" / regime_file("ETHUSD")).write_bytes(b"\x80\x04cos\nsystem\n\x8c\x02id\x85R.")
-    with pytest.raises(InputError):
-        promote_models(tmp_path / "build", tmp_path / "models")
-    assert load_models(tmp_path / "models").manifest.version == manifest.version
-
-
-def test_promotion_of_a_set_that_was_committed_but_not_moved(tmp_path, monkeypatch, predictor, rows):
-    folder = tmp_path / "build"
-    save(folder, predictor, rows, "old")
+def test_a_set_that_was_committed_but_not_moved_is_the_one_that_counts(tmp_path, monkeypatch, predictor, rows):
+    save(tmp_path, predictor, rows, "old")
     with monkeypatch.context() as patch:
         patch.setattr(registry, "finish_commit", lambda folder: None)
-        save(folder, predictor, rows, "new")
-    assert (folder / NEXT).is_dir() and promote_models(folder, tmp_path / "models").verdict == "new"
+        save(tmp_path, predictor, rows, "new")
+    assert (tmp_path / NEXT).is_dir() and load_models(tmp_path).manifest.verdict == "new"
 
 
 # Approval
 
-APPROVED = {"card": "0" * 64, "rules": "1", "replaces": None, "data_end": 1}
+APPROVED = {"set": "0" * 12, "card": "0" * 64, "rules": "1", "replaces": None, "data_end": 1}
+
+
+def approve(manifest: Manifest) -> Manifest:
+    return replace(manifest, approval={**APPROVED, "set": manifest.version})
 
 
 def test_an_approval_stands_in_the_manifest_and_leaves_the_version_alone(contents):
     manifest = parse_manifest(contents[MANIFEST_FILE])
     assert manifest.approval is None and b"approval" not in contents[MANIFEST_FILE] and manifest_bytes(manifest) == contents[MANIFEST_FILE]
-    approved = replace(manifest, approval=APPROVED)
+    approved = approve(manifest)
     assert approved.version == manifest.version and parse_manifest(manifest_bytes(approved)) == approved
-    assert open_models({**contents, MANIFEST_FILE: manifest_bytes(approved)}.__getitem__).manifest.approval == APPROVED
+    assert open_models({**contents, MANIFEST_FILE: manifest_bytes(approved)}.__getitem__).manifest.approval == approved.approval
 
 
-@pytest.mark.parametrize("wrong", ["yes", {}, {"card": "0" * 64}, {**APPROVED, "by": "me"}, [1], 1])
+@pytest.mark.parametrize("wrong", ["yes", {}, [*APPROVED], [1], 1, {"card": "0" * 64}, {**APPROVED, "by": "me"}, {**APPROVED, "card": "0" * 63}, {**APPROVED, "card": None}, {**APPROVED, "set": None}, {**APPROVED, "replaces": "old"},
+                                   {**APPROVED, "rules": ""}, {**APPROVED, "data_end": "1"}, {**APPROVED, "data_end": True}])
 def test_an_approval_of_another_form_is_refused(contents, wrong):
     manifest = json.loads(contents[MANIFEST_FILE]) | {"approval": wrong}
     with pytest.raises(InputError, match="manifest.json"):
         parse_manifest(json.dumps(manifest).encode())
+
+
+def test_an_approval_holds_for_its_set_alone(contents):
+    """Nobody gets a set approved by a line of another's, or changes what was approved."""
+    manifest = parse_manifest(contents[MANIFEST_FILE])
+    approved, entry = approve(manifest), manifest.files[PREDICTOR_FILE]
+    others = [replace(approved, verdict="trade"), replace(approved, files={**manifest.files, PREDICTOR_FILE: {**entry, "sha256": "1" * 64}}),
+              replace(approved, files={**manifest.files, PREDICTOR_FILE: {**entry, "metrics": {"auc": 0.99}}}), replace(manifest, approval=APPROVED)]
+    for other in others:
+        with pytest.raises(InputError, match=f"its approval is of {other.approval['set']}, this set is {other.version}: it was changed"):
+            parse_manifest(manifest_bytes(other))
+        assert parse_manifest(manifest_bytes(replace(other, approval=None)))
+
+
+def test_a_manifest_is_as_deep_as_data_may_be(contents):
+    deep: dict = {}
+    for _ in range(200):
+        deep = {"a": deep}
+    manifest = json.loads(contents[MANIFEST_FILE])
+    for field in (deep, "\ud800"):
+        manifest["files"][PREDICTOR_FILE]["metrics"] = field
+        with pytest.raises(InputError, match=r"^manifest\.json"):
+            parse_manifest(json.dumps(manifest).encode())

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['PREDICTOR_FILE', 'MANIFEST_FILE', 'MODEL_NAME', 'SCHEMA', 'EVIDENCE', 'APPROVAL', 'TOLERANCE', 'NEXT', 'STAGING',
-           'regime_file', 'Manifest', 'without_nan', 'manifest_bytes', 'strict_pairs', 'refuse_constant',
+           'regime_file', 'Manifest', 'without_nan', 'manifest_bytes', 'strict_pairs', 'refuse_constant', 'is_approval',
            'parse_manifest', 'require_resolution', 'describe_candles', 'library_versions', 'regime_answers',
            'predictor_answers', 'check_golden', 'revive', 'open_model', 'with_answers', 'window_question',
            'read_current', 'finish_commit', 'commit_files', 'LoadedModels', 'read_manifest', 'open_file',
-           'open_regimes', 'open_models', 'load_models', 'model_contents', 'save_models', 'promote_models']
+           'open_regimes', 'open_models', 'load_models', 'model_contents', 'save_models']
 
 # %% ../../nbs/learning/29_registry.ipynb #5b46005b
 import hashlib
@@ -29,7 +29,7 @@ import numpy as np
 
 from ..domain import InputError
 from . import predictor as predictor_room
-from ..model_file import digest, parse_plain, plain_bytes, read_bytes, sync_folder, write_bytes
+from ..model_file import check_plain, digest, parse_plain, plain_bytes, read_bytes, sync_folder, write_bytes
 from .predictor import Predictor, predict_probability
 from .regimes import RegimeModel, filter_regimes, model_from_dict, model_to_dict
 from ..market.candles import COLUMNS, RESOLUTIONS, Candles
@@ -47,7 +47,7 @@ def regime_file(
 # %% ../../nbs/learning/29_registry.ipynb #bc3b9913
 SCHEMA = 1
 EVIDENCE = ("versions", "data", "features", "metrics", "seeds")
-APPROVAL = ("card", "rules", "replaces", "data_end")
+APPROVAL = ("set", "card", "rules", "replaces", "data_end")
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
@@ -105,21 +105,33 @@ def refuse_constant(
     "Refuses."
     raise ValueError(f"{word} is no number")
 
+def is_approval(
+    data: Any,  # what a manifest holds as approval
+) -> bool:
+    "Whether every field of an approval is what it should be."
+    forms = {"set": r"[0-9a-f]{12}", "card": r"[0-9a-f]{64}", "rules": r"\w+", "replaces": r"[0-9a-f]{12}"}
+    return (sorted(data) == sorted(APPROVAL) and type(data["data_end"]) is int and
+            all(re.fullmatch(form, data[name]) for name, form in forms.items() if data[name] is not None or name != "replaces"))
+
 def parse_manifest(
     raw: bytes,  # content of manifest.json
 ) -> Manifest:
     "A manifest whose every field has been looked at; or an `InputError`."
     try:
         data = json.loads(raw.decode(), object_pairs_hook=strict_pairs, parse_constant=refuse_constant)
+        check_plain(data, MANIFEST_FILE)
         manifest = Manifest(**data)
         wrong = [name for name, entry in manifest.files.items() if not MODEL_NAME.fullmatch(name) or not re.fullmatch(r"[0-9a-f]{64}", entry["sha256"])]
         sound = (manifest.schema == SCHEMA and manifest.resolution in RESOLUTIONS and type(manifest.window) is int and manifest.window > 0
                  and type(manifest.verdict) is str and not wrong and all(type(entry["kind"]) is str for entry in manifest.files.values())
-                 and (manifest.approval is None or sorted(manifest.approval) == sorted(APPROVAL)))
+                 and (manifest.approval is None or is_approval(manifest.approval)))
+        version = manifest.version
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise InputError(f"{MANIFEST_FILE}: expected a manifest of schema {SCHEMA}, got something else ({error}); restore it or retrain") from None
     if not sound:
         raise InputError(f"{MANIFEST_FILE}: expected a manifest of schema {SCHEMA}, got other names, hashes or values{': ' * bool(wrong)}{', '.join(wrong)}; retrain")
+    if manifest.approval and manifest.approval["set"] != version:
+        raise InputError(f"{MANIFEST_FILE}: its approval is of {manifest.approval['set']}, this set is {version}: it was changed after it was judged; restore it, or take the approval out and promote it")
     return manifest
 
 # %% ../../nbs/learning/29_registry.ipynb #67a633c6
@@ -360,16 +372,3 @@ def save_models(
     open_models(contents.__getitem__)
     commit_files(Path(folder), contents)
     return complete
-
-# %% ../../nbs/learning/29_registry.ipynb #1032c5cf
-def promote_models(
-    candidate: Path | str,  # folder of the models a retrain proposes
-    champion: Path | str,   # folder of the models in use
-) -> Manifest:
-    "Replace the champion by the candidate, all or nothing; returns the manifest now in force."
-    read = partial(read_current, Path(candidate))
-    names = (MANIFEST_FILE, *parse_manifest(read(MANIFEST_FILE)).files)
-    contents = {name: read(name) for name in names}
-    loaded = open_models(contents.__getitem__)
-    commit_files(Path(champion), contents)
-    return loaded.manifest
