@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['REPEAT', 'DRAIN', 'GRACE', 'BOOT', 'BLOCKED', 'Plan', 'too_late', 'Bot', 'hear', 'look_up_statuses', 'pulled', 'heed',
            'drain', 'keep_time', 'guard', 'too_old', 'close_if_due', 'limit_of', 'follow_equity', 'ask_models',
-           'facts_of', 'refresh', 'holdings_of', 'services_of', 'status_of', 'say', 'barrier', 'tick', 'run']
+           'facts_of', 'hindrances', 'refresh', 'holdings_of', 'services_of', 'status_of', 'say', 'barrier', 'tick',
+           'run']
 
 # %% ../../nbs/live/89_bot.ipynb #fda6499e
 import contextlib
@@ -47,6 +48,7 @@ class Plan:
     verdict: str                       # of the models
     models: dict[str, str]             # as versions_of says
     services: dict[str, str] = field(default_factory=dict)  # addresses by name; empty where the models are in this process
+    unfit: str = ""                    # why these models may not begin anything: what is held is seen to its end, and no more
 
     @property
     def step(self) -> int:
@@ -181,6 +183,8 @@ def heed(
         hands.handle(Stop(f"kill switch: {bot.killed}", flatten=True))
     if bot.asked:
         drain(bot, bot.asked)
+    if bot.plan.unfit and is_flat(hands.state):
+        drain(bot, "nothing is held any more")
     if bot.draining:
         books = hands.state.books
         waiting = any(books.intents[name].status in DOUBTFUL for name in books.live) or books.flatten and not is_flat(hands.state)
@@ -325,12 +329,18 @@ def facts_of(
     streams, silent = ({name: redact(words) for name, words in said.items()} for said in (bot.streams, flight.silent))
     return Facts(bot.clock, streams, unread_of(hands.state, hands.now_us()) if not bot.clock else "", dict(bot.trading), behind, silent, disk, hands.account.budget.share)
 
+def hindrances(
+    bot: Bot,
+) -> dict[str, str]:  # by name, in words for a person
+    "Why no entry is made."
+    return ({"models": bot.plan.unfit} if bot.plan.unfit else {}) | causes_of(facts_of(bot))
+
 def refresh(
     bot: Bot,
 ) -> None:
     "Causes and state; a person is told what has changed."
-    books, now = bot.flight.executor.state.books, causes_of(facts_of(bot))
-    ready = bot.state != "BOOT" or not now or bot.wall() - bot.started > BOOT
+    books, now = bot.flight.executor.state.books, hindrances(bot)
+    ready = bot.state != "BOOT" or not set(now) - {"models"} or bot.wall() - bot.started > BOOT
     if bot.state == "BOOT" and ready:
         bot.report(f"{bot.plan.mode}: {f'halted: {books.halted}' if books.halted else 'started'}")
     bot.causes, told = compare(bot.causes, now if ready else {}, int(bot.now))
@@ -398,7 +408,7 @@ def barrier(
     bot.flight.executor.handle(Tick())  # models may have taken their time: read our orders anew where that is due
     if pulled(bot) or bot.draining or bot.asked:
         return f"kill switch: {bot.killed}" if bot.killed else f"draining: {bot.draining or bot.asked}"
-    others = {name: cause for name, cause in causes_of(facts_of(bot)).items() if name != "services"}
+    others = {name: cause for name, cause in hindrances(bot).items() if name != "services"}
     if others:
         return next(iter(others.values()))
     return f"the bar closed {age:.0f} s ago, too long for an entry" if (age := too_old(bot)) else ""
