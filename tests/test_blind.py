@@ -20,8 +20,10 @@ import pytest
 
 from benchmarks.load import Running, free_port, running
 from delta_go.live.emulator import running as emulated
-from delta_go.live.faults import Rule
+from delta_go.live.faults import Rule, Script
+from delta_go.live.orders import NO_STOP
 from delta_go.live.status import ask_kill
+from delta_go.market.accounts import Answers
 from tests.blind import DEAF, EAGER, REFUSING, RUN, Ill, Mangler, Phone, Trial, inject, trial
 from tests.whole import environment, minute_data, minute_market, minute_models, wait_for
 
@@ -430,10 +432,20 @@ def secrets(ground: Ground, home: Path) -> None:
     assert not found, "\n".join(found)
 
 
+def old_answers(ground: Ground, home: Path) -> None:
+    """Listings lack whatever is younger than five seconds: a position with its stop is left alone."""
+    with trial(minute_market(ground.data, script=Script(answers=Answers(read_lag=4.8))), home, ground.models) as bot:
+        for _ in range(2):
+            well(bot)
+        newest = max(row.body["made_us"] for row in bot.rows("intent") if not row.body["reduce_only"])
+        until(lambda: bot.status().at > newest / 1e6 + 10, "ten seconds with it", bot)
+        assert not [row for row in bot.rows("intent") if row.body["reason"] == NO_STOP] and not bot.naked()
+
+
 # All of them ----------------------------------------------------------------------------------------------------------------
 
 TRIALS: dict[str, Callable[[Ground, Path], None]] = {
-    "500s and 429s": storm, "login refused": refused_login, "silent sockets": silent_sockets, "stale candles": stale_candles, "maintenance": closed_exchange, "restart": restarted_exchange,
+    "old answers": old_answers, "500s and 429s": storm, "login refused": refused_login, "silent sockets": silent_sockets, "stale candles": stale_candles, "maintenance": closed_exchange, "restart": restarted_exchange,
     "quota": scarce_quota, "our clock": jumping_clock, "their clock": leaping_exchange, "no key for the services": strange_key, "disk full": full_disk, "secrets": secrets,
     "services down": lambda ground, home: services(ground, home, "down", "no answer"), "services garbage": lambda ground, home: services(ground, home, "garbage", "expected"),
     "services slow": lambda ground, home: services(ground, home, "slow", "no answer"), "services of other models": lambda ground, home: services(ground, home, "others", "deploy both services")}
