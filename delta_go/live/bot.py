@@ -34,7 +34,7 @@ from .status import Account, Cause, Holding, ServiceView, State, Status, Told, k
 from .watch import Facts, causes_of, compare, guarded, state_of, unread_of
 from ..market.candles import step_of
 from ..serving.telemetry import redact
-from ..trading.intents import DOUBTFUL, LEG, SECOND, Clock, Stop, Tick, is_flat
+from ..trading.intents import DOUBTFUL, LEG, OPEN, SECOND, Clock, Stop, Tick, is_flat
 from ..trading.news import CandleClosed, Event, FillSeen, Gap, Live, OrderSeen, PositionSeen, PriceSeen, StatusSeen
 from ..trading.risk import DAILY_LOSS, DRAWDOWN, RiskLimits
 
@@ -327,7 +327,7 @@ def facts_of(
     behind = {symbol: int(bot.next_open - candles.time[-1]) // bot.plan.step - 1 if len(candles) else 99 for symbol, candles in flight.windows.items()}
     disk = hands.journal.broken or ("the disk is full" if hands.journal.full else "")
     streams, silent = ({name: redact(words) for name, words in said.items()} for said in (bot.streams, flight.silent))
-    return Facts(bot.clock, streams, unread_of(hands.state, hands.now_us()) if not bot.clock else "", dict(bot.trading), behind, silent, disk, hands.account.budget.share)
+    return Facts(bot.clock, streams, unread_of(hands.state, hands.now_us(), hands.silent.get(OPEN, "")) if not bot.clock else "", dict(bot.trading), behind, silent, disk, hands.account.budget.share)
 
 def hindrances(
     bot: Bot,

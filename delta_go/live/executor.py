@@ -14,7 +14,7 @@ from ..domain import StopTrading
 from .account import Account, cancel_order, fills, open_orders, order_by_client_id, order_history, place_order, position
 from .journal import Journal, Row, entry_of
 from .orders import faults, recover, step
-from ..trading.intents import Answered, Ask, Cancel, Effect, Entry, Event, Place, Question, Record, Refused, Report, Rules, Send, SendResult, State
+from ..trading.intents import Answered, Ask, Cancel, Effect, Entry, Event, Key, Place, Question, Record, Refused, Report, Rules, Send, SendResult, State
 from ..trading.messages import Answer, CouldNotAsk
 
 # %% ../../nbs/live/83_executor.ipynb #33f61ada
@@ -46,6 +46,7 @@ class Executor:
     ):
         self.account, self.journal, self.now_us, self.tell = account, journal, now_us, tell
         self.entries = [entry_of(row) for row in rows]  # everything that is written down
+        self.silent: dict[Key, str] = {}  # why the latest asking of a question brought nothing; empty where it did
         self.state: State = recover(rules, rows, now_us())
 
     def handle(self, *events: Event) -> list[Refused]:
@@ -100,7 +101,9 @@ def do(
         case Cancel():
             cancel_order(hands.account, effect.symbol, effect.order_id)
         case Ask():
-            return Answered(effect.question, put_question(hands.account, effect.question))
+            answer = put_question(hands.account, effect.question)
+            hands.silent[effect.question.key] = answer.reason if isinstance(answer, CouldNotAsk) else ""
+            return Answered(effect.question, answer)
         case Report():
             hands.tell(effect.text)
     return None

@@ -48,12 +48,13 @@ def causes_of(
 def unread_of(
     state: Protocol,
     now_us: int,
+    why: str = "",  # the latest asking brought nothing
 ) -> str:  # empty if the books are fresh
     "How old our knowledge of our own orders is, if it is too old."
-    at = state.answered.get(OPEN, -1)
+    at, reason = state.answered.get(OPEN, -1), f": {why}" if why else ""
     if at < state.since_us:
-        return "our orders have not been read since the start or the last gap"
-    return f"our orders were last read {(now_us - at) // SECOND} seconds ago" if now_us - at > STALE["open"] else ""
+        return f"our orders have not been read since the start or the last gap{reason}"
+    return f"our orders were last read {(now_us - at) // SECOND} seconds ago{reason}" if now_us - at > STALE["open"] else ""
 
 # %% ../../nbs/live/88_watch.ipynb #7edf8cb7
 def state_of(
