@@ -79,7 +79,8 @@ def history_lines(
         months, shares = [row["days"] / MONTH for row in mine], [row["approved"] for row in mine]
         name = f"{kind}, {mine[0]['edge_bps']:+.0f} bp a trade" if size else "no edge"
         axes.plot(months, shares, "o-", markersize=3.5, linewidth=1.2, label=name, color=KIND_COLOURS[kind] if size else LOSS, alpha=0.4 + 0.6 * (shade + 1) / len(groups))
-        axes.fill_between(months, *zip(*(row["ci95"] for row in mine)), color=KIND_COLOURS[kind] if size else LOSS, alpha=0.08, linewidth=0)
+        low, high = np.array([row["ci95"] for row in mine]).T
+        axes.fill_between(months, low, high, color=KIND_COLOURS[kind] if size else LOSS, alpha=0.08, linewidth=0)
         said = f"{name}: {shares[0]:.0%} after {months[0]:.0f} months, {shares[-1]:.0%} after {months[-1]:.0f}"
     axes.axhline(0.8, **DASHED)
     axes.set_ylim(-0.03, 1.03)
@@ -111,7 +112,7 @@ def overfitting_bars(
     axes: Axes | None = None,
 ) -> Axes:
     "Probabilities of overfitting of markets without an edge."
-    axes, edges = axes or canvas(4.2, 3.2), np.linspace(0, 1, 21)
+    axes, edges = axes or canvas(4.2, 3.2), np.linspace(0, 1, 21).tolist()
     axes.hist(costly, edges, color=MIXED, alpha=0.6, label="after costs")
     axes.hist(fair, edges, color=INK, alpha=0.75, label="trading is free")
     axes.axvline(0.5, **DASHED)

@@ -6,8 +6,8 @@
 __all__ = ['Record', 'Rate', 'rate_of', 'grouped', 'nulls_in', 'false_approvals', 'pooled_net', 'power_curve', 'edge_found',
            'power_by_history', 'check_statistics', 'regime_rows', 'pooled_bins', 'summarise']
 
-# %% ../../nbs/calibration/593_rates.ipynb #572b7569
-from collections.abc import Callable, Iterable, Mapping, Sequence
+# %% ../../nbs/calibration/593_rates.ipynb #2978ff45
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 

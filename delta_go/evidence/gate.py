@@ -122,6 +122,7 @@ class Evidence:
     overfitting: float | None = None         # probability
     baseline_better: float | None = None     # probability
     max_drawdown: float | None = None        # fraction
+    openings: int = 0                        # how often a declared holdout was opened, this time included; 0 if it was not touched
 
 # %% ../../nbs/evidence/52_gate.ipynb #6ca3675f
 def excess_returns(record: TrackRecord) -> np.ndarray:  # (days,) fractions
@@ -227,6 +228,7 @@ def list_checks(
         Check(f"daily gain over buy and hold at the same exposure ({held}), {bound}", evidence.excess_lower, "above", 0.0, "bp"),
         Check("probability that taking every signal is better", evidence.baseline_better, "below", limits.baseline_better),
         Check("drawdown", evidence.max_drawdown, "at most", limits.max_drawdown, "%"),
+        *([Check("openings of the holdout", evidence.openings, "at most", 1, "count")] if evidence.openings else []),
     )
 
 def _least(*values: float | None) -> float | None:
@@ -249,7 +251,7 @@ def judge(
     checks = list_checks(evidence, limits)
     failed = tuple(check.words for check in checks if not check.passed)
     if evidence.trades == 0:
-        failed = ("no trade was made, the predictor abstains",)
+        failed = ("no trade was made, the predictor abstains", *(words for words in failed if words.startswith("openings")))
     if failed:
         return Verdict(False, failed, "no edge: " + "; ".join(failed))
     return Verdict(True, tuple(check.words for check in checks), "trade")

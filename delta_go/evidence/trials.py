@@ -13,7 +13,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -190,6 +190,10 @@ class Holdout:
     end: int        # seconds UTC, the last close
     openings: int   # judgements that reached into it
 
+    def touched_by(self, start: int, end: int) -> bool:
+        "Does a range reach into it?"
+        return start < self.end and end > self.start
+
 def find_holdout(
     trials: Sequence[Trial],  # of the ledger
     family: str,
@@ -199,9 +203,8 @@ def find_holdout(
     declared = [trial for trial in mine if trial.kind == "holdout"]
     if not declared:
         return None
-    start, end = declared[-1].start, declared[-1].end
-    opened = [trial for trial in mine if trial.kind == "opening" and trial.start < end and trial.end > start]
-    return Holdout(start, end, len(opened))
+    found = Holdout(declared[-1].start, declared[-1].end, 0)
+    return replace(found, openings=sum(found.touched_by(trial.start, trial.end) for trial in mine if trial.kind == "opening"))
 
 # %% ../../nbs/evidence/51_trials.ipynb #390220e3
 def _write_event(path: str | Path, kind: str, family: str, span: tuple[int, int], data: str = "") -> None:
@@ -229,6 +232,6 @@ def open_holdout(
 ) -> Holdout | None:        # None without a declaration
     "Record that candles in use reach into the holdout, if they do."
     found = find_holdout(read_trials(path), family)
-    if found and span[0] < found.end and span[1] > found.start:
+    if found and found.touched_by(*span):
         _write_event(path, "opening", family, (max(span[0], found.start), min(span[1], found.end)), data)
     return find_holdout(read_trials(path), family)
