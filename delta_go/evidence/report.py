@@ -244,12 +244,14 @@ def list_now(
 
 # %% ../../nbs/evidence/57_report.ipynb #6c309830
 def describe_walk(
-    evidence: Any,  # `gate.Evidence`
-    periods: int,   # test periods
+    evidence: Any,         # `gate.Evidence`
+    periods: int,          # test periods
+    holdout: Any = None,   # `trials.Holdout`, where the family keeps days for the end
 ) -> str:
-    "What the walk-forward showed."
+    "What the walk-forward showed, and how often the days kept for the end were opened."
     earned = f"{evidence.trades:,} trades, net return {percent(evidence.net_return, sign=True)}" if evidence.trades else "the predictor let no signal through, no trade was made"
-    return f"Over {periods} test periods: {earned}."
+    kept = "" if holdout is None else f" The days kept for the end, {date(holdout.start)} to {date(holdout.end)}, were opened {holdout.openings} times so far, this run included."
+    return f"Over {periods} test periods: {earned}.{kept}"
 
 def describe_health(
     drifts: Mapping[str, Sequence[Any]],  # by symbol: `drift.Drift`
@@ -432,18 +434,18 @@ def write_index(
     summaries: Mapping[str, Mapping[str, Any]],    # by workflow, in order
 ) -> Path:
     "Write OUT/reports/index.html and summary.json."
-    folder, trade = Path(out) / "reports", verdict == "trade"
+    folder, trade, rates = Path(out) / "reports", verdict == "trade", summaries.get("walk_forward", {}).get("rates", "")
     told = ("The evidence was strong enough on every count: the models may trade." if trade else
             "The run stopped before its end. Models that were there before are still the ones in force." if verdict.startswith("failed") else
             "The models are kept and reported, and the predictor does not trade. That is a result, and most honest searches end with it.")
     parts = ["<h1>delta_go: what the evidence says</h1>",
-             Conclusion(verdict, trade)._repr_html_(), f"<p>{told}</p>",
+             Conclusion(f"{verdict}. {rates}" if rates else verdict, trade)._repr_html_(), f"<p>{told}</p>",
              '<p class="facts">' + " · ".join(f"{escape(name)}: {escape(str(value))}" for name, value in facts.items()) + "</p>"]
     parts += [picture for workflow in summaries for picture in _figures(Path(out), workflow)]
     parts += ["<h2>In detail</h2>", '<ul class="cards">', *(_card(name, summary) for name, summary in summaries.items()), "</ul>"]
     for name, summary in sorted(summaries.items(), key=lambda pair: "trade" not in pair[1]):
         if summary["tables"]:
             parts += [f"<h2>{escape(name.replace('_', ' '))}</h2>", f"<p>{escape(summary['headline'])}</p>", _tables(summary)]
-    known = {"verdict": verdict, "trade": trade, **facts, "headlines": {name: summary["headline"] for name, summary in summaries.items()}}
+    known = {"verdict": verdict, "trade": trade, "rates": rates, **facts, "headlines": {name: summary["headline"] for name, summary in summaries.items()}}
     write_json(folder / "summary.json", known)
     return write_text(folder / "index.html", make_page("delta_go: evidence", "\n".join(parts)))
