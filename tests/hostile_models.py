@@ -245,7 +245,7 @@ def parameters(rng: random.Random) -> Iterator[Hostile]:
         yield Hostile("parameters", f"{file} {title}", DETECTOR, remade(file, changed(plain(file), path, value)))
     for title, path, value in (("a chain that never changes", ("transition",), [[float(row == column) for column in range(5)] for row in range(5)]), ("a chain that goes round", ("transition",), [[float(column == (row + 1) % 5) for column in range(5)] for row in range(5)]),
                                ("a scale as small as it gets", ("scale",), [5e-324, 5e-324]), ("means beyond the world", ("means",), [[1e300, -1e300]] * 5)):
-        yield Hostile("parameters", f"{REGIMES[0]} {title}", DETECTOR, remade(REGIMES[0], answered(changed(plain(REGIMES[0]), path, value))), False)
+        yield Hostile("parameters", f"{REGIMES[0]} {title}", DETECTOR, remade(REGIMES[0], answered(changed(plain(REGIMES[0]), path, value))))
     for name, values in (("slope", (*NUMBERS, 1, "1", None)), ("intercept", (*NUMBERS, [])), ("threshold", (*NUMBERS, -0.1, 1.1, "0.5", True)), ("mean_win", ("0.1", None)), ("schema", (0, 2, "1", None)), ("kind", ("hmm", 1)),
                          ("features", ([], "rsi", None)), ("booster", (b"", "text", None, 7)), ("abstain_reason", (None, ""))):
         for value in values:

@@ -209,7 +209,7 @@ def unit() -> dict[str, list[str]]:
 def test_unit():
     """It always starts again, drains before it ends, and gives its container nothing it does not need."""
     said = unit()
-    assert said["Restart"] == ["always"] and said["StartLimitIntervalSec"] == ["0"] and said["KillSignal"] == ["SIGTERM"] and said["StateDirectory"] == ["delta-go"]
+    assert said["Restart"] == ["always"] and said["RestartPreventExitStatus"] == ["2"] and said["StartLimitIntervalSec"] == ["0"] and said["KillSignal"] == ["SIGTERM"] and said["StateDirectory"] == ["delta-go"]
     patience = int(re.search(r"stop -t (\d+)", said["ExecStop"][0])[1])
     assert DRAIN + 6 < patience < int(said["TimeoutStopSec"][0])
     [start] = said["ExecStart"]

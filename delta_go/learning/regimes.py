@@ -209,3 +209,6 @@ def check_model(model: RegimeModel) -> None:
     _expect(bool((model.scale > 0).all()), "scale", "positive", model.scale.tolist())
     diagonal = np.diagonal(model.precision, axis1=1, axis2=2)
     _expect(bool((diagonal > 0).all()), "the diagonal of precision", "positive", diagonal.min())
+    _expect(model.kind == "rule" or bool((model.transition > 0).all()), "transition", "positive everywhere, so that no bar is impossible", model.transition.min())
+    largest = max(np.abs(model.means).max(), np.abs(model.precision).max(), np.abs(model.centre).max(), model.scale.max(), 1 / max(model.scale.min(), 1e-9))
+    _expect(bool(largest <= 1e6), "means, scale, centre and precision", "at most a million", largest)

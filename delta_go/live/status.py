@@ -289,7 +289,7 @@ def figures_of(
     return {"today": today, "daily_used": max(0.0, -today) / account.daily_loss, "drawdown": drawdown, "drawdown_used": drawdown / account.max_drawdown}
 
 # %% ../../nbs/live/86_status.ipynb #91453f04
-CAUSES = ("clock", "stream", "exchange", "candles", "services", "disk", "quota")
+CAUSES = ("clock", "stream", "exchange", "candles", "services", "models", "disk", "quota")
 BREAKERS = ("closed", "half open", "open")
 
 def plain_gauges(
