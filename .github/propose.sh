@@ -7,7 +7,7 @@ title=$(sed 's/^failed: //; s/; its card: .*//' <<<"$verdict")
 if ! git diff --quiet -- models; then
   cp -r build/retrain/reports .
   git add models reports
-elif [ -n "$(git status --porcelain -- reports/promotion/looks.jsonl)" ]; then
+elif [ -n "$(git status --porcelain -- reports/promotion/looks.jsonl)" ] && ! cmp --silent reports/promotion/looks.jsonl build/proposed/looks.jsonl; then
   cp build/retrain/reports/walk_forward/trials.jsonl* reports/walk_forward
   git add reports/promotion/looks.jsonl* reports/walk_forward/trials.jsonl*
 else
@@ -29,4 +29,4 @@ if [ -n "$number" ]; then
 else
   gh pr create --base main --head retrain --title "Retrain: $title" --body-file build/proposal.md
 fi
-gh workflow run ci.yml --ref retrain # what a workflow pushes starts no other one by itself
+echo "pushed=yes" >>"${GITHUB_OUTPUT:-/dev/null}"

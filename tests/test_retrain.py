@@ -22,7 +22,7 @@ from delta_go.learning.training import TrainSettings, collect_examples, fit_mode
 from delta_go.market.load import load_market
 from delta_go.model_file import digest
 
-FETCH, TRAIN, GATE = [step["run"] for step in JOBS["retrain", "train"]["steps"] if step.get("run", "make install") != "make install"]
+REMEMBER, FETCH, TRAIN, GATE = [step["run"] for step in JOBS["retrain", "train"]["steps"] if step.get("run", "make install") != "make install"]
 PROPOSE = JOBS["retrain", "propose"]["steps"][-1]["run"]
 COMMIT = "git -c user.name=a -c user.email=a@b commit --quiet --message"
 SMALL = {"DELTA_SYMBOLS": "BTCUSD", "DELTA_JOBS": "1", "OMP_NUM_THREADS": "1"}
@@ -69,6 +69,7 @@ def trained(tmp_path_factory) -> Path:
     first_champion(folder)
     origin = folder.parent / "origin.git"
     step(desk, f"git init --quiet --bare {origin} && git init --quiet --initial-branch main && git remote add origin {origin} && git add models reports && {COMMIT} first && git push --quiet origin main")
+    step(desk.create("gh"), REMEMBER)
     step(desk, TRAIN)
     return folder
 

@@ -18,6 +18,7 @@ import typer.main
 import yaml
 
 from delta_go.cli import app
+from delta_go.evidence.trials import Trial, read_trials, record_trial
 
 ROOT = Path(__file__).parents[1]
 PLACE = ROOT / ".github"
@@ -111,8 +112,8 @@ TRIGGERS = {
 }
 RIGHTS = {
     ("ci", "test"): {"contents": "read"}, ("ci", "wheel"): {"contents": "read"}, ("ci", "verify"): {"contents": "read"}, ("nightly", "slow"): {"contents": "read"},
-    ("retrain", "train"): {"contents": "read"}, ("retrain", "propose"): {"actions": "write", "contents": "write", "pull-requests": "write"},
-    ("retrain", "complain"): {"contents": "read", "issues": "write"},
+    ("retrain", "train"): {"contents": "read"}, ("retrain", "propose"): {"actions": "read", "contents": "write", "pull-requests": "write"},
+    ("retrain", "check"): {"actions": "write"}, ("retrain", "complain"): {"contents": "read", "issues": "write"},
     ("deploy-gcp", "staging"): {"contents": "read", "id-token": "write"}, ("deploy-gcp", "production"): {"actions": "read", "contents": "read", "id-token": "write"},
 }
 
@@ -135,7 +136,7 @@ def test_only_a_deployment_meets_the_cloud():
         if (name, job) == ("retrain", "propose"):
             assert not re.search(r"make|\.venv|python", said)
     assert {name: job.get("environment") for name, job in JOBS.items() if "environment" in job} == {("deploy-gcp", place): place for place in ("staging", "production")}
-    assert JOBS["deploy-gcp", "production"]["needs"] == "staging" and JOBS["deploy-gcp", "staging"]["if"] == "vars.DELTA_GCP == 'on'"
+    assert JOBS["deploy-gcp", "production"]["needs"] == "staging" and JOBS["deploy-gcp", "staging"]["if"] == "vars.DELTA_GCP == 'on' && github.triggering_actor != 'github-actions[bot]'"
     assert "DELTA_NOTIFY" not in json.dumps([job.get("env", {}) for job in JOBS.values()]), "a secret is for the step that needs it"
 
 
@@ -206,10 +207,12 @@ def laid_out(folder: Path) -> Path:
 def test_every_command_of_a_workflow_is_there(tmp_path):
     """Each step is run with stand-ins for delta-go, gcloud and gh; delta-go's own parser reads what they heard."""
     desk = Desk(laid_out(tmp_path)).create(".venv/bin/delta-go", "gcloud", "gh", answers=[("gh pr list", "7", 0), ("gh issue list", "", 0)])
+    (tmp_path / "build/artifact/reports").mkdir(parents=True)
+    (tmp_path / "build/artifact/build").mkdir()
     for part in ("models/a", "reports/walk_forward/trials.jsonl", "build/artifact/models/a", "build/verdict.txt"):
         (tmp_path / part).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / part).write_text("0123456789ab is the champion already\n")
-    assert desk.run("git init --quiet && git add models reports").returncode == 0
+    assert desk.run("git init --quiet && git init --quiet --bare origin.git && git remote add origin origin.git && git add models reports").returncode == 0
     told = {"DELTA_GCP_PROJECT_NUMBER": "123", "DELTA_GCP_CALLER": "deployer@p.iam.gserviceaccount.com", "ACTIONS_ID_TOKEN_REQUEST_URL": "https://x/?a=1", "ACTIONS_ID_TOKEN_REQUEST_TOKEN": "t",
             "GITHUB_RUN_ID": "1", "GITHUB_SERVER_URL": "https://github.com", "GITHUB_REPOSITORY": "me/x", "FIRST": "--first"}
     for name, job, step in STEPS:
@@ -296,7 +299,7 @@ def test_models_and_reports_travel_together(tmp_path):
     assert desk.run("git --git-dir ../origin.git show retrain:reports/index.html").stdout == "new"
     [create] = [words for words in desk.heard("gh") if words[:2] == ["pr", "create"]]
     body = (desk.folder / create[create.index("--body-file") + 1]).read_text()
-    assert "✓ leaks: 0 values change" in body and create[create.index("--base") + 1] == "main" and ["workflow", "run", "ci.yml", "--ref", "retrain"] in desk.heard("gh")
+    assert "✓ leaks: 0 values change" in body and create[create.index("--base") + 1] == "main"
 
 
 def test_the_pull_request_is_always_the_same(tmp_path):
@@ -322,6 +325,56 @@ def test_a_look_stays_counted(tmp_path):
 def test_nothing_new_is_not_proposed(tmp_path, verdict, change):
     desk = fresh(tmp_path)
     assert proposal(desk, verdict, change) is None and not desk.heard("gh")
+
+
+def test_only_the_results_of_a_training_are_laid_out(tmp_path):
+    """Whoever gets into the job that trains cannot put a script, or a setting of git's, before the job that may write."""
+    desk = Desk(tmp_path)
+    for path, text in {".github/propose.sh": "ours", ".git/config": "ours", "build/artifact/.github/propose.sh": "theirs", "build/artifact/.git/config": "theirs", "build/artifact/models/manifest.json": "new",
+                       "build/artifact/reports/index.html": "new", "build/artifact/build/verdict.txt": "new"}.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text)
+    [step] = [step for step in JOBS["retrain", "propose"]["steps"] if step.get("name", "").startswith("Lay it")]
+    assert desk.run(step["run"]).returncode == 0
+    assert {path: (tmp_path / path).read_text() for path in (".github/propose.sh", ".git/config", "models/manifest.json", "reports/index.html", "build/verdict.txt")} == {
+        ".github/propose.sh": "ours", ".git/config": "ours", "models/manifest.json": "new", "reports/index.html": "new", "build/verdict.txt": "new"}
+
+
+def test_what_may_start_workflows_knows_nothing_of_the_training():
+    """One command, the same each time; and a roll-out does not start for a workflow."""
+    [step] = JOBS["retrain", "check"]["steps"]
+    assert step["run"] == 'gh workflow run ci.yml --repo "$GITHUB_REPOSITORY" --ref retrain'
+    assert {name for name, job in JOBS.items() if job["permissions"].get("actions") == "write"} == {("retrain", "check")}
+
+
+def looked(folder: Path, version: str, sharpe: float) -> None:
+    """A look of the gate's in both ledgers."""
+    for name, family in (("promotion/looks.jsonl", "promotion"), ("walk_forward/trials.jsonl", "delta_go")):
+        record_trial(folder / "reports" / name, Trial(family, {"candidate": version}, "f", 0, 10, sharpe, 30, 0.0, 3.0))
+
+
+def test_a_look_stays_counted_although_nobody_merged_it(tmp_path):
+    """Three retrains of three weeks, each from main, none merged: the third gate counts three, and nothing new is proposed where there was no look."""
+    desk = fresh(tmp_path)
+    (desk.folder / ".venv").symlink_to(TOOLS.parent)
+    looked(desk.folder, "a" * 12, 0.1)
+    commit = "git -c user.name=a -c user.email=a@b commit --quiet -m first && git push --quiet origin main"
+    assert desk.run(f"git init --quiet --bare ../origin.git && git init --quiet --initial-branch main && git remote add origin ../origin.git && mkdir models && touch models/manifest.json && git add models reports && {commit}").returncode == 0
+    for week, version in enumerate(("b" * 12, "c" * 12), 1):
+        assert desk.run("git switch --quiet --force main && rm -rf build && git clean -fdq models reports").returncode == 0
+        done = desk.run(".github/remember.sh")
+        assert done.returncode == 0, done.stderr
+        looked(desk.folder, version, 0.1 * week)
+        shutil.copytree(desk.folder / "reports/walk_forward", desk.folder / "build/retrain/reports/walk_forward")
+        (desk.folder / "build/verdict.txt").write_text(f"failed: {version} is refused: gain; its card: x\n")
+        assert desk.run(".github/propose.sh").returncode == 0
+        assert [trial.config["candidate"][0] for trial in read_trials(desk.folder / "reports/promotion/looks.jsonl")] == [*"abc"[:week + 1]]
+        assert len(read_trials(desk.folder / "reports/walk_forward/trials.jsonl")) == week + 1
+    assert desk.run("git switch --quiet --force main && rm -rf build && .github/remember.sh").returncode == 0
+    (desk.folder / "build/verdict.txt").write_text(f"{EQUAL}\n")
+    calls = len(desk.heard("gh"))
+    assert desk.run(".github/propose.sh").stdout.startswith("nothing to propose") and len(desk.heard("gh")) == calls
+    assert desk.run("git remote set-url origin ../nowhere.git && .github/remember.sh").returncode == 128, "no network is not the same as no proposal"
 
 
 @pytest.mark.parametrize("there", ["", "12"])
