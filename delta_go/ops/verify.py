@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['RULES', 'MODEL_CHECKS', 'Question', 'ITEMS', 'paths_of', 'numbers_written', 'facts_of', 'Finding',
-           'settings_accepted', 'check_features', 'check_model', 'look_at_models', 'ask_regime', 'ask_trade',
-           'questions_of', 'ask_golden', 'try_part', 'found_at', 'some_token', 'try_address', 'Desk', 'project_known',
-           'federated', 'secrets_named', 'memory_set', 'somebody_told', 'endpoints_set', 'passed_staging', 'approved',
-           'may_trade', 'Item', 'still_open', 'look', 'look_elsewhere', 'tell_finding', 'verify']
+           'settings_accepted', 'check_features', 'check_model', 'approval_faults', 'look_at_models', 'ask_regime',
+           'ask_trade', 'questions_of', 'ask_golden', 'try_part', 'found_at', 'some_token', 'try_address', 'Desk',
+           'project_known', 'federated', 'secrets_named', 'memory_set', 'somebody_told', 'endpoints_set',
+           'passed_staging', 'approved', 'may_trade', 'Item', 'still_open', 'look', 'look_elsewhere', 'tell_finding',
+           'verify']
 
 # %% ../../nbs/ops/95_verify.ipynb #0d91eea0
 import contextlib
@@ -40,7 +41,7 @@ from ..learning.predictor import PREDICTOR_FEATURES
 from ..learning.registry import (
     MANIFEST_FILE, MODEL_NAME, PREDICTOR_FILE, TOLERANCE, Manifest, open_model, parse_manifest, read_current, read_manifest)
 from ..live.rehearse import child, free_ports, says_where
-from ..live.status import Sight, labelled_gauges, plain_gauges
+from ..live.status import BREAKERS, Sight, labelled_gauges, plain_gauges
 from ..market.candles import COLUMNS, Candles
 from ..model_file import digest, parse_plain
 from ..rights import RIGHTS
@@ -62,8 +63,11 @@ def paths_of(
     return [name for name in done.stdout.split("\0") if name and (root / name).is_file()]
 
 def numbers_written() -> frozenset[str]:
-    "Names of all that the bot and the services tell a scraper."
-    bot = {f"delta_go_bot_{name}" for name in (*plain_gauges(Sight(None, "", 0.0, None), ""), *labelled_gauges(None))}
+    "Names of all that the bot and the services tell a scraper, and with known labels the labels."
+    labelled = labelled_gauges(None)
+    bot = {f"delta_go_bot_{name}" for name in (*plain_gauges(Sight(None, "", 0.0, None), ""), *labelled)}
+    bot |= {f'delta_go_bot_{name}{{{label}="{value}"}}' for name, (_, labels, values) in labelled.items() for row in values for label, value in zip(labels, row)}
+    bot |= {f'delta_go_bot_breaker{{position="{at}"}}' for at in BREAKERS}
     return frozenset(bot | {metric.name for metric in Meters("").registry.collect()})
 
 # %% ../../nbs/ops/95_verify.ipynb #d2d742fd
@@ -107,7 +111,7 @@ def settings_accepted(facts: Facts) -> Iterator[str]:
 RULES = {**ARRANGED, "services": {**ARRANGED["services"], "settings accepted": settings_accepted}, **RIGHTS}
 
 # %% ../../nbs/ops/95_verify.ipynb #243ffb41
-MODEL_CHECKS = ("model files", "model hashes", "models load", "recorded answers", "feature lists")
+MODEL_CHECKS = ("model files", "model hashes", "models load", "recorded answers", "feature lists", "approval")
 
 def check_features(
     name: str,                # file name
@@ -139,6 +143,22 @@ def check_model(folder: Path, manifest: Manifest, name: str) -> Iterator[str]:
     yield "feature lists"
     check_features(name, entry["features"], model)
 
+# %% ../../nbs/ops/95_verify.ipynb #2ad5ea08
+def approval_faults(
+    manifest: Manifest,
+    cards: Path,  # folder
+) -> Iterator[str]:
+    "Why a set may not go where money is."
+    name = f"{manifest.version}.json"
+    if manifest.verdict == "trade" and not manifest.approval:
+        yield f"{MANIFEST_FILE}: expected a set with the verdict trade to be promoted, {manifest.version} never was; judge it with delta-go promote, or put the last one back with delta-go rollback"
+    if manifest.approval:
+        raw = (cards / name).read_bytes() if (cards / name).is_file() else b"{}"
+        if digest(raw) != manifest.approval["card"]:
+            yield f"reports/promotion/{name}: expected the card that the approval of {manifest.version} names, it is not there or was changed; restore it, or judge the set again"
+        elif (json.loads(raw).get("outcome"), json.loads(raw).get("candidate")) != ("approved", manifest.version):
+            yield f"reports/promotion/{name}: expected a card that approves {manifest.version}, got one that does not; restore it, or judge the set again"
+
 # %% ../../nbs/ops/95_verify.ipynb #90afc0ba
 def look_at_models(
     folder: Path,  # of models
@@ -157,6 +177,7 @@ def look_at_models(
                 step = begun
         except (InputError, KeyError) as error:
             faults[step].append(str(error))
+    faults["approval"] += approval_faults(manifest, folder.parent / "reports/promotion")
     lost = sorted(path.name for path in folder.glob("*.pkl") if MODEL_NAME.fullmatch(path.name) and path.name not in manifest.files)
     faults["model files"] += [f"{name}: expected only files of {MANIFEST_FILE}, this is none; remove it, or retrain" for name in lost]
     yield from (Finding("models", check, tuple(found), "" if found else f"{len(manifest.files)} files of set {manifest.version}") for check, found in faults.items())
