@@ -39,6 +39,7 @@ from delta_go.trading.intents import (
     DOUBTFUL,
     FINAL,
     FOREIGN,
+    OPEN,
     SECOND,
     Answered,
     Ask,
@@ -163,7 +164,7 @@ class Exchange:
         self.outages: list[tuple[int, int]] = []   # nothing gets through
         self.absences: list[tuple[int, int]] = []  # nobody is there
         self.on_accept: Callable[[OrderRequest], None] = lambda request: None
-        self._only_orders_lag = random.Random(~world.seed).random() < 0.5  # fills and positions come from another copy of the books
+        self._only_orders_lag = random.Random(~world.seed).random() < 0.2  # fills and positions come from another copy of the books
         self._lag_now = self._lag_until = 0
         self._ids = itertools.count(1)
 
@@ -568,6 +569,8 @@ class Bot:
             if self.state is not None and not self.state.trusted:
                 return self.world.after(0, self._reply, effect.request, life, NotSent("the exchange's time is not known"))
             request = effect.request
+            if self.state is not None:
+                self._check_needed(request, self.state)
             if "the stop comes later" in self.plants:
                 request = replace(request, stop=None, target=None)
             if "an exit that may open" in self.plants:
@@ -637,10 +640,13 @@ class Bot:
             self.faults.append(f"{request.client_order_id} could open a position without a stop")
         if len(self.exchange.named[request.client_order_id]) > 1:
             self.faults.append(f"{request.client_order_id} exists twice")
-        intent = self.state.books.intents.get(request.client_order_id) if self.state else None
-        covered = request.symbol not in self.exchange.naked_since and self.world.now - self.exchange.bare_at.get(request.symbol, 0) > 2 * NAKED
-        if intent and intent.reason == orders.NO_STOP and self.exchange.size(request.symbol) and covered:
-            self.faults.append(f"{request.client_order_id} closed a position that had its stop all the time")
+
+    def _check_needed(self, request: OrderRequest, state: State) -> None:
+        """No exit for want of a stop where there was one ten seconds before the newest listing, and is."""
+        bare, read = self.exchange.bare_at.get(request.symbol, 0), state.answered.get(OPEN, 0)
+        covered = self.exchange.size(request.symbol) and request.symbol not in self.exchange.naked_since and read - bare > 2 * NAKED
+        if covered and state.books.intents[request.client_order_id].reason == orders.NO_STOP:
+            self.faults.append(f"{request.client_order_id} closes a position that had its stop all the time")
 
     def _check_absorbing(self, before: Books, after: Books) -> None:
         if before.intents is not after.intents:
