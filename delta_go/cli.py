@@ -367,7 +367,8 @@ def deploy(
     target = Target(env, project, region, repository, zone, caller, project_number)
     images = {name: reference for name, _, reference in (pair.partition("=") for pair in image or ())}
     notifier = Notifier(read_urls(load_settings().notify.get_secret_value()), "delta_go deploy")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
     try:
         end = roll_out(target, root, states, "resume" if resume else "abort" if abort else "begin",
                        lambda passed: begin(target, root, parts, with_bot, images, sha, first, passed), notifier.tell, typer.echo)

@@ -7,7 +7,7 @@ __all__ = ['SERVICES', 'CANDIDATE', 'PREVIOUS', 'STAGES', 'TRIES', 'IMAGE', 'OTH
            'DeployFault', 'short', 'Split', 'split_of', 'read_splits', 'mixed', 'Target', 'Rollout', 'Step', 'forward',
            'backward', 'way', 'committed', 'ended', 'turned', 'advance', 'resumed', 'pairs', 'traffic', 'places',
            'kept_tags', 'moving_call', 'bot_call', 'call_of', 'probe_words', 'variable_words', 'flags_of', 'wanted',
-           'check_look', 'check_back', 'learn_splits', 'learn', 'recovered']
+           'check_look', 'check_back', 'check_place', 'learn_splits', 'learn', 'recovered']
 
 # %% ../nbs/05_rollout.ipynb #44942cc7
 import json
@@ -40,6 +40,7 @@ class Split(msgspec.Struct, frozen=True):
     tags: dict[str, str]      # revision by tag
     address: str              # of the service
     tagged: dict[str, str]    # address by tag
+    env: str = ""             # that its label names
 
 # %% ../nbs/05_rollout.ipynb #a525a415
 def split_of(
@@ -55,7 +56,7 @@ def split_of(
             tags[tag], tagged[tag] = revision, str(entry["url"])
     if sum(shares.values()) != 100 or min(shares.values()) < 0:
         raise ValueError(f"shares {shares}")
-    return Split(shares, tags, str(service["status"]["url"]), tagged)
+    return Split(shares, tags, str(service["status"]["url"]), tagged, service.get("metadata", {}).get("labels", {}).get("environment", ""))
 
 def read_splits(
     text: str,              # of `gcloud run services list --format=json`
@@ -379,7 +380,15 @@ def check_back(
         if old != new:
             raise DeployFault(f"{name}: expected the traffic of before, {old}, got {new}")
 
-# %% ../nbs/05_rollout.ipynb #1cf47ab5
+# %% ../nbs/05_rollout.ipynb #06a23636
+def check_place(
+    rollout: Rollout,
+    now: Mapping[str, Split],  # by service
+) -> None:
+    "These services are of the place that was named, or a `DeployFault`."
+    if others := [f"{name} is of {split.env}" for name, split in now.items() if split.env not in ("", rollout.target.env)]:
+        raise DeployFault(f"{rollout.target.project}: expected the services of {rollout.target.env} there, {', '.join(others)}; correct --env, or DELTA_GCP_PROJECT")
+
 def learn_splits(
     rollout: Rollout,
     step: Step,
@@ -387,6 +396,7 @@ def learn_splits(
 ) -> Rollout:
     "The state after a look at the services."
     if step.kind == "record":
+        check_place(rollout, now)
         if left := [name for name in rollout.services if name in now and CANDIDATE in now[name].tags]:
             raise DeployFault(f"{', '.join(left)}: expected no revision tagged {CANDIDATE}, an earlier roll-out was left; run delta-go deploy --env {rollout.target.env} --abort")
         if absent := [name for name in rollout.services if name not in now and not rollout.first]:
@@ -431,6 +441,11 @@ def recovered(
 ) -> Rollout:                  # on its way back
     "A roll-out whose state is lost, from what the cloud itself says."
     before = {}
+    check_place(rollout, now)
+    tagged = [name for name in rollout.services if name in now and CANDIDATE in now[name].tags]
+    if len(tagged) == 1 and now[tagged[0]].shares == {now[tagged[0]].tags[CANDIDATE]: 100} and len(now) > 1:
+        raise InputError(f"{tagged[0]}: expected both services or none to be tagged {CANDIDATE} with all traffic, got it alone: a roll-out was at its last step, or moved one service; ask both with delta-go verify "
+                         f"--url, then gcloud run services update-traffic {tagged[0]} with --remove-tags {CANDIDATE} to keep it, or --to-tags {PREVIOUS}=100 --remove-tags {CANDIDATE} to go back")
     for name in rollout.services:
         if name in now and CANDIDATE in now[name].tags:
             place = now[name]

@@ -107,7 +107,7 @@ def describe(state: dict, name: str) -> dict:
     traffic = [{"revisionName": revision, "percent": share} for revision, share in service["traffic"].items()]
     for tag, revision in service["tags"].items():
         traffic.append({"revisionName": revision, "tag": tag, "url": service["revisions"][revision] or f"https://{tag}---{name}.example"})
-    return {"metadata": {"name": name}, "status": {"url": main, "traffic": traffic}}
+    return {"metadata": {"name": name, "labels": {"app": "delta-go", **service.get("labels", {})}}, "status": {"url": main, "traffic": traffic}}
 
 
 def deploy(state: dict, name: str, words: list[str]) -> str:

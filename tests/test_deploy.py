@@ -228,13 +228,71 @@ def test_lost_state_is_taken_back_from_the_cloud(tmp_path):
         if left:
             assert "an earlier roll-out was left" in str(go(tmp_path))
             shutil.rmtree(tmp_path / "state")
-        end = go(tmp_path, "abort")
-        assert isinstance(end, Rollout if left else InputError), (k, end)
-        shares = [service["traffic"] for service in cloud.read()["services"].values()]
-        assert all(len(split) == 1 for split in shares) and not any("candidate" in service["tags"] for service in cloud.read()["services"].values())
-        if left:
-            tidied = {name for name, service in cloud.read()["services"].items() if "-new" in next(iter(service["traffic"]))}
-            assert len(tidied) < 2
+        tidied = [name for name, service in cloud.read()["services"].items() if "-new" in next(iter(service["traffic"])) and "candidate" not in service["tags"]]
+        end, now = go(tmp_path, "abort"), cloud.read()["services"]
+        assert isinstance(end, Rollout if left and not tidied else InputError), (k, end)
+        assert len({"-new" in revision for service in now.values() for revision in service["traffic"]}) == 1, "never a mixed pair"
+        assert all(len(service["traffic"]) == 1 for service in now.values())
+        if left and tidied:
+            assert "it alone" in str(end) and "--remove-tags candidate" in str(end)
+        else:
+            assert not any("candidate" in service["tags"] for service in now.values())
+
+
+@pytest.mark.parametrize("how", ["begin", "abort"])
+def test_services_of_another_place_are_left_alone(tmp_path, how):
+    """A roll-out to staging that is told production's project, as a variable left over from yesterday does, changes nothing."""
+    cloud = fresh(tmp_path)
+    state = cloud.read()
+    for service in state["services"].values():
+        service["labels"] = {"environment": "production"}
+    state["services"]["hmm-detector"] |= {"tags": {"candidate": "hmm-detector-2"}, "revisions": {"hmm-detector-1": "", "hmm-detector-2": ""}} if how == "abort" else {}
+    cloud.write(state)
+    assert "hmm-detector is of production" in str(go(tmp_path, how)) and cloud.read()["services"] == state["services"]
+    assert {tuple(words[:3]) for words in cloud.calls()} == {("run", "services", "list")}
+
+
+@pytest.mark.parametrize("what", ["disk", "terminal", "impatience"])
+def test_what_is_around_a_roll_out_fails_from_any_moment_on(tmp_path, monkeypatch, what):
+    """A full disk, a terminal that is gone, an interruption while a fault is told: old or new at 100 %, and somebody is told."""
+    write, told = room.write_bytes, list[str]()
+    for k in range(0, 36, 3):
+        cloud, left = fresh(tmp_path), iter([*[False] * k, *[True] * 999])
+        script(tmp_path, {str(k + 1): "fail after"} if what == "impatience" else {})
+
+        def save(path: Path, raw: bytes, left=left) -> None:
+            if what == "disk" and next(left):
+                raise OSError(28, "No space left on device")
+            write(path, raw)
+
+        def say(line: str, left=left) -> None:
+            if what == "terminal" and next(left):
+                raise OSError(5, "Input/output error")
+            if what == "impatience" and line.startswith("  "):
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(room, "write_bytes", save)
+        try:
+            roll_out(TARGET, ROOT, tmp_path / "state", "begin", lambda passed: first(bot=True), lambda words, urgent: told.append(words), say, QUICK, partial(in_process, cloud), ask)
+            assert side(cloud) == "new"
+        except DeployFault:
+            assert side(cloud) == "old", k
+        assert told.pop() and not told
+
+
+def test_a_terminal_that_hangs_up_ends_at_the_old_version(tmp_path):
+    """The real command, hung up on at a call that takes long: SIGHUP turns it around like any interruption."""
+    cloud = fresh(tmp_path)
+    script(tmp_path, {"15": "hang after"})
+    words = "from delta_go.cli import main; main(['deploy', '--project', 'delta-go-staging', '--project-number', '1', '--states', 'STATES', *[f'--image={n}=us-central1-docker.pkg.dev/p/d/{n}@sha256:' + '2' * 64 for n in ('hmm-detector', 'trade-predictor')]])"
+    start = f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r})\nfrom test_deploy import *\nroom.ask_over_http = lambda gcloud, caller: ask\nroom.Pace.__init__.__defaults__ = (2, 0.0, 1e9, 0.35, 1, 0.0, 300.0, 300.0)\n"
+    environ = {**os.environ, "PATH": f"{install(folder := tmp_path / 'cloud')}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "DELTA_NOTIFY": ""}
+    with subprocess.Popen([sys.executable, "-c", start + words.replace("STATES", str(tmp_path / "state"))], cwd=ROOT, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        while len(Cloud(folder).calls()) < 15 and process.poll() is None:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGHUP)
+        out, complaint = process.communicate(timeout=60)
+    assert process.returncode == 1 and "rolled back" in complaint and side(cloud) == "old", complaint
 
 
 def test_odd_split_comes_back_exactly(tmp_path):
@@ -557,6 +615,15 @@ def test_production_takes_what_staging_passed(tmp_path):
             start(passed)
     ready = start(good)
     assert ready.images == {name: NEW[name] for name in SERVICES} and not ready.build and "@delta-go-live.iam" in " ".join(ready.flags["hmm-detector"])
+
+
+def test_models_that_may_trade_need_their_card(tmp_path):
+    """What staging passed does not go to production on a verdict that somebody wrote into the manifest."""
+    shutil.copytree(ROOT / "models", tmp_path / "models")
+    raw = json.loads((tmp_path / "models/manifest.json").read_text()) | {"verdict": "trade"}
+    (tmp_path / "models/manifest.json").write_text(json.dumps(raw))
+    with pytest.raises(InputError, match="expected a set with the verdict trade to be promoted"):
+        begin(Target("production", "delta-go-production"), tmp_path, list(SERVICES), False, {}, "", False, first())
 
 
 def test_missing_source_is_named(tmp_path):

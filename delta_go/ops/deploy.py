@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['Ask', 'Question', 'ask_regime', 'ask_trade', 'golden_questions', 'Pace', 'too_slow', 'audience_of', 'Prober',
-           'golden', 'measure', 'compare', 'probe', 'run_gcloud', 'Shell', 'perform', 'drive', 'read_flags',
-           'read_state', 'state_of', 'check_passed', 'ask_over_http', 'conclude', 'begin', 'taken_up', 'roll_out']
+           'golden', 'measure', 'compare', 'probe', 'run_gcloud', 'Shell', 'perform', 'remember', 'drive', 'read_flags',
+           'read_state', 'state_of', 'check_passed', 'ask_over_http', 'conclude', 'begin', 'taken_up', 'aloud',
+           'roll_out']
 
 # %% ../../nbs/ops/97_deploy.ipynb #87ea031b
 import contextlib
@@ -35,6 +36,7 @@ from ..model_file import parse_plain, write_bytes
 from ..rollout import (
     CANDIDATE, IMAGE, PREVIOUS, SERVICES, DeployFault, Rollout, Split, Step, Target, advance, call_of, committed, flags_of, learn, read_splits, recovered, resumed, short, turned, way)
 from ..staging import stage
+from .verify import approval_faults
 from ..serving.client import Credentials, Line, TokenCache, origin_of, read_regime, read_trade, regime_question, trade_question
 
 # %% ../../nbs/ops/97_deploy.ipynb #0d9e2beb
@@ -242,6 +244,14 @@ def perform(
     long = step.kind in ("build", "bot drain", "bot pull", "bot health", "bot well")
     return rollout if words is None else learn(rollout, step, shell.gcloud(words, shell.pace.build if long else shell.pace.call))
 
+def remember(rollout: Rollout, shell: Shell) -> str:
+    "Save the state; why it could not be saved, empty if it could."
+    try:
+        shell.save(rollout)
+    except OSError as error:
+        return f"its state could not be saved: {error.strerror}"
+    return ""
+
 def drive(
     rollout: Rollout,
     shell: Shell,
@@ -249,17 +259,21 @@ def drive(
     "Step by step to an end. The state is saved before each; an interruption turns it around."
     while rollout.outcome == "under way" and rollout.place < len(way(rollout)):
         step = way(rollout)[rollout.place]
-        shell.save(rollout)
-        shell.say(f"{'back: ' * bool(rollout.back)}{step}")
         try:
-            rollout, fault = perform(rollout, step, shell), ""
+            shell.say(f"{'back: ' * bool(rollout.back)}{step}")
+            fault = remember(rollout, shell)
+            if not fault or rollout.back or committed(rollout):
+                rollout, fault = perform(rollout, step, shell), ""
         except (Exception, KeyboardInterrupt) as error:
             fault = (str(error) if isinstance(error, DeltaGoError) else repr(error)) or "interrupted"
-            shell.say(f"  {fault}")
-            if rollout.back or committed(rollout):
+        with contextlib.suppress(KeyboardInterrupt):  # a second one does not leave a split behind
+            if fault:
+                shell.say(f"  {fault}")
+            if fault and (rollout.back or committed(rollout)):
                 shell.sleep(shell.pace.pause * 2**rollout.tries)
         rollout = advance(rollout, fault)
-    shell.save(rollout)
+    if fault := remember(rollout, shell):
+        shell.say(f"  {fault}")
     return rollout
 
 # %% ../../nbs/ops/97_deploy.ipynb #ecfb7712
@@ -365,7 +379,10 @@ def begin(
     "The state before the first step; `InputError` for what must not begin."
     if unknown := sorted(set(services) - set(SERVICES)):
         raise InputError(f"services: expected {' and '.join(SERVICES)}, got {', '.join(unknown)}")
-    models = read_manifest(partial(read_current, root / "models")).version
+    manifest = read_manifest(partial(read_current, root / "models"))
+    if target.env == "production" and (faults := [*approval_faults(manifest, root / "reports/promotion")]):
+        raise InputError(faults[0])
+    models = manifest.version
     parts = [*services, *["bot"] * bot]
     given = check_passed(passed, models, parts) if target.env == "production" else dict(images)
     if given and (set(given) != set(parts) or not all(map(IMAGE.fullmatch, given.values()))):
@@ -390,6 +407,11 @@ def taken_up(
         raise InputError(f"{target.env}: expected a roll-out that has not ended, there is none on this machine; begin one, or go back with --abort")
     lost = Rollout(target, tuple(SERVICES), "unknown", {})
     return recovered(lost, look(lost))
+
+def aloud(say: Callable[[str], None], line: str) -> None:
+    "Say it, if anybody is there: a terminal that has gone away is no reason to leave a split behind."
+    with contextlib.suppress(OSError):
+        say(line)
 
 def roll_out(
     target: Target,
@@ -419,7 +441,7 @@ def roll_out(
             stage(root, root / "build/stage" / part, part)
         pin, questions = golden_questions(root / "models") if not rollout.back else ({}, [])
         prober = Prober(ask or ask_over_http(gcloud, target.caller), pin, questions, pace)
-        end = drive(rollout, Shell(gcloud, partial(probe, prober), lambda state: write_bytes(path, msgspec.json.encode(state)), say, pace))
+        end = drive(rollout, Shell(gcloud, partial(probe, prober), lambda state: write_bytes(path, msgspec.json.encode(state)), partial(aloud, say), pace))
     if how == "abort" and end.outcome == "back":
         tell(f"{target.env}: aborted, traffic is as before", True)
         return end
