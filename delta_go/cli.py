@@ -301,14 +301,13 @@ def promote(
     candidate: Annotated[Path, typer.Option(help="Folder of a run, with models/ and reports/, or of models.")],
     champion: Annotated[Path, typer.Option(envvar="DELTA_MODELS_DIR", help="Folder of the models in force.")] = Path("models"),
     data: Annotated[str, typer.Option(help="Folder of candle files; the simulated market by default.")] = "",
-    proof: Annotated[Path | None, typer.Option(help="Folder of a second run; without it the candidate is trained again here.")] = None,
     edge: Annotated[str, typer.Option(help="Of the simulated market, such as drift:40.")] = "",
     jobs: Jobs = -1, allow_gaps: AllowGaps = False,
 ) -> None:
     "Judge a candidate by rule, write its evidence card, and put it in force if every line that is needed passes."
     from delta_go.ops.promote import market_for, open_case
     from delta_go.ops.promote import promote as judge
-    case = open_case(candidate, champion, market_for(candidate, data, edge, allow_gaps), proof=proof, jobs=jobs)
+    case = open_case(candidate, champion, market_for(candidate, data, edge, allow_gaps), jobs=jobs)
     card = judge(case, champion, lambda line: typer.echo(line.words))
     if card.outcome == "refused":
         raise DeltaGoError(f"{card.words}; its card: {case.ours / 'promotion' / card.candidate}.html")

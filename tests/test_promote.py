@@ -182,7 +182,7 @@ def test_missing_evidence_refuses(world, champion, quick, tmp_path):
     assert not shelved(champion)
 
 
-@pytest.mark.parametrize("fault", ["tampered", "cut", "other candles", "no edge", "fresh ledger"])
+@pytest.mark.parametrize("fault", ["tampered", "cut", "other candles", "another seed's run", "no edge", "fresh ledger"])
 def test_luck_is_judged_by_the_ledger(world, champion, quick, tmp_path, fault):
     quick("deflated Sharpe")
     run = tmp_path / "run"
@@ -200,6 +200,12 @@ def test_luck_is_judged_by_the_ledger(world, champion, quick, tmp_path, fault):
             path.unlink()
         weighed = weigh(walk_forward(*small_walk()), small_walk()[0], reports / "trials.jsonl", "elsewhere")
         assert weighed.evidence.trials == 4
+    if fault == "another seed's run":
+        told = room.read_trials(reports / "trials.jsonl")
+        for path in reports.glob("trials*"):
+            path.unlink()
+        for trial in told:
+            room.record_trial(reports / "trials.jsonl", replace(trial, seed=1))
     if fault == "fresh ledger":
         other = champion.parent / "reports" / "walk_forward" / "trials.jsonl"
         trial = next(trial for trial in room.read_trials(reports / "trials.jsonl") if trial.family == "delta_go")
@@ -251,21 +257,18 @@ def test_fresh_regimes_replace_old_ones_without_an_edge(world, champion, calm):
 
 def test_the_first_champion_needs_no_other(world, calm, tmp_path, quick):
     quick("names", "champion")
-    card = promote(world.case(calm, tmp_path / "models", proof=calm), tmp_path / "models")
+    card = promote(world.case(calm, tmp_path / "models"), tmp_path / "models")
     assert card.outcome == "approved" and card.champion is None and not shelved(tmp_path / "models") and "first champion" in card.words
 
 
-def test_a_second_run_may_prove_determinism(world, champion, calm, quick, tmp_path):
-    quick("determinism")
-    shutil.copytree(calm, tmp_path / "twice")
-    assert status(promote(world.case(calm, champion, proof=tmp_path / "twice" / "models"), champion)) == {"determinism": "pass"}
-    rollback(champion)
-    card = promote(world.case(calm, champion, proof=world.home / "new"), champion)
-    assert card.outcome == "refused" and "trade_predictor.pkl" in card.lines[0].found
-    (tmp_path / "twice" / "models" / PREDICTOR_FILE).write_bytes(b"half a file")
-    for proof, words in ((tmp_path / "nowhere", "manifest.json"), (calm, "the candidate itself"), (calm / "models", "the candidate itself"), (tmp_path / "twice", "trade_predictor.pkl")):
-        card = promote(world.case(calm, champion, proof=proof), champion)
-        assert card.outcome == "refused" and status(card) == {"determinism": "missing"} and words in card.lines[0].found
+def test_a_champion_that_nobody_judged_can_be(world, calm, tmp_path, quick):
+    """A set that was put in force by hand is approved where it lies, once; nothing of it goes onto the shelf."""
+    quick("names", "champion")
+    shutil.copytree(calm / "models", tmp_path / "models")
+    card = promote(world.case(calm, tmp_path / "models"), tmp_path / "models")
+    assert card.outcome == "approved" and "as the first champion; it does not trade" in card.words and card.champion is None
+    assert load_models(tmp_path / "models").manifest.approval["set"] == card.candidate and not shelved(tmp_path / "models")
+    assert promote(world.case(calm, tmp_path / "models"), tmp_path / "models").outcome == "equal"
 
 
 def test_a_seed_that_was_not_the_training_s_is_found_out(world, champion, quick, tmp_path):

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CHECKS', 'find_set', 'Rules', 'Line', 'line', 'Case', 'data_end', 'market_for', 'open_case', 'look', 'judge_leaks',
            'regime_faults', 'judge_regimes', 'judge_names', 'golden_requests', 'judge_serve', 'training_market',
-           'retrain', 'second_run', 'judge_determinism', 'seen', 'judge_calibration', 'judge_gain', 'judge_champion',
-           'judge_luck', 'judge_drift', 'examine', 'Card', 'card_page', 'write_card', 'promote']
+           'retrain', 'judge_determinism', 'seen', 'judge_calibration', 'judge_gain', 'judge_champion', 'judge_luck',
+           'judge_drift', 'examine', 'Card', 'card_page', 'write_card', 'promote']
 
 # %% ../../nbs/ops/96_promote.ipynb #bd85e683
 import json
@@ -99,7 +99,6 @@ class Case:
     start: int                       # of the untouched bars, seconds UTC
     reports: Path                    # of the candidate's run
     ours: Path                       # reports beside the champion
-    proof: Path | None = None        # folder of a second run
     rules: Rules = Rules()
     jobs: int = 1
     played: Played | None = None     # the candidate; None where it was not looked at
@@ -130,7 +129,7 @@ def open_case(
     candidate: Path,          # of a run, or of models
     champion: Path,           # folder of models in force; may be empty
     market: LoadedMarket,     # from `market_for`
-    **more: Any,              # proof, rules, jobs
+    **more: Any,              # rules, jobs
 ) -> Case:
     "All there is to judge a candidate by."
     models, reports = find_set(candidate)
@@ -260,22 +259,14 @@ def retrain(case: Case, market: LoadedMarket) -> Manifest:
         save_candidate(scratch, market, regimes, {symbol: asdict(each) for symbol, each in qualities.items()}, predictor, quality, examples.inputs, seed)
         return load_models(publish_models(scratch, case.candidate.manifest.verdict)).manifest
 
-def second_run(proof: Path, reports: Path) -> Manifest:
-    "The manifest of another run, its files checked; InputError where it is the candidate's own."
-    models, theirs = find_set(proof)
-    if theirs.resolve() == reports.resolve():
-        raise InputError(f"{proof} is the candidate itself, which proves nothing; name a second run, or none to train again here")
-    return parse_manifest(unapproved(read_set(models))[MANIFEST_FILE])
-
 def judge_determinism(case: Case) -> Line:
     "The same data, seed and champion give the same bytes."
     market, mine = training_market(case), case.candidate.manifest
-    again = second_run(case.proof, case.reports) if case.proof else retrain(case, market)
+    again = retrain(case, market)
     other = [name for name in sorted({*mine.files, *again.files}) if mine.files.get(name, {}).get("sha256") != again.files.get(name, {}).get("sha256")]
     same = manifest_bytes(again) == case.contents[MANIFEST_FILE]
-    how = "a second run" if case.proof else "training again"
-    told = f"{how} gives the same {len(mine.files)} files" if same else f"{how} gives other {', '.join(other) or 'evidence in the manifest'}; is this the data, the seed and the champion it was trained with?"
-    return line("determinism", same, told, differs=other, proved_by=how)
+    told = f"training again gives the same {len(mine.files)} files" if same else f"training again gives other {', '.join(other) or 'evidence in the manifest'}; is this the data, the seed and the champion it was trained with?"
+    return line("determinism", same, told, differs=other)
 
 # %% ../../nbs/ops/96_promote.ipynb #8b1a2f78
 def seen(case: Case) -> Played:
@@ -332,10 +323,10 @@ def judge_luck(case: Case) -> Line:
     "The walk-forward says trade, and its Sharpe ratio is more than its trials explain."
     verdict, summary, family = case.candidate.manifest.verdict, read_summary(case.reports.parent, "walk_forward"), "delta_go"
     ledgers = [read_trials(reports / "walk_forward" / "trials.jsonl") for reports in (case.reports, case.ours)]
-    prints = set(training_market(case).fingerprints.values())
-    mine = [trial for trial in ledgers[0] if trial.family == family and trial.config.get("variant") == "predictor" and prints <= set(trial.data.split(","))]
+    prints, [seed] = set(training_market(case).fingerprints.values()), case.candidate.manifest.files[PREDICTOR_FILE]["seeds"]
+    mine = [trial for trial in ledgers[0] if trial.family == family and trial.config.get("variant") == "predictor" and trial.seed == seed and prints <= set(trial.data.split(","))]
     if not mine:
-        raise InputError("no trial of this training's candles in the walk-forward's ledger; run the walk-forward with the training")
+        raise InputError("no trial of this training's candles and seed in the walk-forward's ledger; run the walk-forward with the training")
     count = count_trials(list({trial_id(trial): trial for ledger in ledgers for trial in ledger}.values()), family)
     count = replace(count, trials=max(count.trials, int(summary["trials"])))
     luck = deflated_sharpe(Moments(mine[-1].observations, mine[-1].sharpe, mine[-1].skew, mine[-1].kurtosis), count)
@@ -398,7 +389,7 @@ class Card:
         wrong = [line.check for line in self.lines if line.needed and line.status != "pass"]
         return {"equal": f"{self.candidate} is the champion already: the same bytes, nothing to do",
                 "refused": f"{self.candidate} is refused: {', '.join(wrong)}",
-                "approved": f"{self.candidate} is approved {f'and replaces {self.champion}' if self.champion else 'as the first champion'}"}[self.outcome]
+                "approved": f"{self.candidate} is approved {f'and replaces {self.champion}' if self.champion else 'as the first champion'}{'' if self.trades else '; it does not trade'}"}[self.outcome]
 
 def card_page(card: Card) -> str:
     "The card for a person."
@@ -428,8 +419,11 @@ def promote(
 ) -> Card:
     "Judge a candidate, write its card, and put it in force if the rules allow it."
     mark, version, before = mark_of(champion), case.candidate.manifest.version, case.champion.manifest if case.champion else None
+    same = before is not None and manifest_bytes(replace(before, approval=None)) == case.contents[MANIFEST_FILE]
+    if same and before and not before.approval:
+        case, before = replace(case, champion=None), None
     facts = (version, before.version if before else None, case.trades, case.start, max(int(bars.time[-1]) + bars.step for bars in case.market.candles.values()), case.rules)
-    if before and manifest_bytes(replace(before, approval=None)) == case.contents[MANIFEST_FILE]:
+    if same and before:
         return Card("equal", *facts, ())
     try:
         case = look(case) if case.trades else case
@@ -445,5 +439,5 @@ def promote(
         with alone(champion):
             if mark_of(champion) != mark:
                 raise InputError("champion: it was changed while the candidate was judged; judge again")
-            change_champion(champion, {**case.contents, MANIFEST_FILE: approved})
+            (commit_files if same else change_champion)(champion, {**case.contents, MANIFEST_FILE: approved})
     return card
