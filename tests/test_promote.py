@@ -33,6 +33,7 @@ from delta_go.market.load import LoadedMarket
 from delta_go.market.simulate import Edge, simulate_market
 from delta_go.model_file import digest
 from delta_go.ops import promote as room
+from delta_go.ops.verify import approval_faults
 from delta_go.ops.promote import Card, Case, examine, open_case, promote, unapproved
 
 ROOT = Path(__file__).parents[1]
@@ -259,6 +260,18 @@ def test_the_first_champion_needs_no_other(world, calm, tmp_path, quick):
     quick("names", "champion")
     card = promote(world.case(calm, tmp_path / "models"), tmp_path / "models")
     assert card.outcome == "approved" and card.champion is None and not shelved(tmp_path / "models") and "first champion" in card.words
+
+
+def test_a_second_judgement_keeps_the_card_of_the_first(world, champion, calm, quick, monkeypatch):
+    """Taken back, judged again and refused: whoever puts the set in force once more still finds the card of its approval."""
+    quick("names")
+    version = promote(world.case(calm, champion), champion).candidate
+    rollback(champion)
+    monkeypatch.setattr(room, "CHECKS", {"names": (lambda case: room.line("names", False, "no"), True)})
+    assert promote(world.case(calm, champion), champion).outcome == "refused"
+    manifest, cards = rollback(champion), champion.parent / "reports" / "promotion"
+    assert manifest.version == version and not [*approval_faults(manifest, cards)]
+    assert json.loads((cards / f"{version}.json").read_bytes())["outcome"] == "refused" and len([*cards.glob("*.json")]) == 2
 
 
 def test_a_champion_that_nobody_judged_can_be(world, calm, tmp_path, quick):

@@ -405,10 +405,12 @@ def write_card(
     card: Card,
     folder: Path,  # of cards
 ) -> str:          # sha256 of the JSON file
-    "Write {version}.json and {version}.html."
-    raw = (json.dumps(json_ready(asdict(card)), indent=1, ensure_ascii=False) + "\n").encode()
+    "Write {version}.json and {version}.html; an older card of this set, which an approval may name, is kept under its hash."
+    raw, place = (json.dumps(json_ready(asdict(card)), indent=1, ensure_ascii=False) + "\n").encode(), folder / f"{card.candidate}.json"
+    if place.is_file() and (before := place.read_bytes()) != raw:
+        write_bytes(folder / f"{card.candidate}-{digest(before)[:12]}.json", before)
     write_bytes(folder / f"{card.candidate}.html", card_page(card).encode())
-    write_bytes(folder / f"{card.candidate}.json", raw)
+    write_bytes(place, raw)
     return digest(raw)
 
 # %% ../../nbs/ops/96_promote.ipynb #f7ab1ed2

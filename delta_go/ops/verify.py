@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['RULES', 'MODEL_CHECKS', 'Question', 'ITEMS', 'paths_of', 'numbers_written', 'facts_of', 'Finding',
-           'settings_accepted', 'check_features', 'check_model', 'approval_faults', 'look_at_models', 'ask_regime',
-           'ask_trade', 'questions_of', 'ask_golden', 'try_part', 'found_at', 'some_token', 'try_address', 'Desk',
-           'project_known', 'federated', 'secrets_named', 'memory_set', 'somebody_told', 'endpoints_set',
+           'settings_accepted', 'check_features', 'check_model', 'card_of', 'approval_faults', 'look_at_models',
+           'ask_regime', 'ask_trade', 'questions_of', 'ask_golden', 'try_part', 'found_at', 'some_token', 'try_address',
+           'Desk', 'project_known', 'federated', 'secrets_named', 'memory_set', 'somebody_told', 'endpoints_set',
            'passed_staging', 'approved', 'may_trade', 'Item', 'still_open', 'look', 'look_elsewhere', 'tell_finding',
            'verify']
 
@@ -143,7 +143,15 @@ def check_model(folder: Path, manifest: Manifest, name: str) -> Iterator[str]:
     yield "feature lists"
     check_features(name, entry["features"], model)
 
-# %% ../../nbs/ops/95_verify.ipynb #2ad5ea08
+# %% ../../nbs/ops/95_verify.ipynb #c886ee75
+def card_of(
+    manifest: Manifest,
+    cards: Path,  # folder
+) -> bytes | None:
+    "The card that an approval names, if it lies there unchanged."
+    found = (path.read_bytes() for path in sorted(cards.glob(f"{manifest.version}*.json")))
+    return next((raw for raw in found if manifest.approval and digest(raw) == manifest.approval["card"]), None)
+
 def approval_faults(
     manifest: Manifest,
     cards: Path,  # folder
@@ -153,8 +161,7 @@ def approval_faults(
     if manifest.verdict == "trade" and not manifest.approval:
         yield f"{MANIFEST_FILE}: expected a set with the verdict trade to be promoted, {manifest.version} never was; judge it with delta-go promote, or put the last one back with delta-go rollback"
     if manifest.approval:
-        raw = (cards / name).read_bytes() if (cards / name).is_file() else b"{}"
-        if digest(raw) != manifest.approval["card"]:
+        if (raw := card_of(manifest, cards)) is None:
             yield f"reports/promotion/{name}: expected the card that the approval of {manifest.version} names, it is not there or was changed; restore it, or judge the set again"
         elif (json.loads(raw).get("outcome"), json.loads(raw).get("candidate")) != ("approved", manifest.version):
             yield f"reports/promotion/{name}: expected a card that approves {manifest.version}, got one that does not; restore it, or judge the set again"
@@ -348,11 +355,11 @@ def passed_staging(desk: Desk) -> tuple[bool, str]:
 def approved(desk: Desk) -> tuple[bool, str]:
     "Whether the models were promoted, by a card that lies here unchanged."
     manifest = desk.manifest
-    card = desk.root / f"reports/promotion/{manifest.version}.json"
+    cards = desk.root / "reports/promotion"
     if not manifest.approval:
         return False, f"set {manifest.version} was never promoted: delta-go promote"
-    good = card.is_file() and digest(card.read_bytes()) == manifest.approval["card"]
-    return good, f"set {manifest.version}, {'as its card says' if good else 'whose card is not there or was changed'}: reports/promotion/{card.name}"
+    good = card_of(manifest, cards) is not None
+    return good, f"set {manifest.version}, {'as its card says' if good else 'whose card is not there or was changed'}: reports/promotion/{manifest.version}.json"
 
 def may_trade(desk: Desk) -> tuple[bool, str]:
     "Whether the evidence lets the models trade."
