@@ -4,7 +4,9 @@
 
 # %% auto #0
 __all__ = ['Record', 'Rate', 'rate_of', 'grouped', 'nulls_in', 'false_approvals', 'pooled_net', 'power_curve', 'edge_found',
-           'power_by_history', 'check_statistics', 'regime_rows', 'pooled_bins', 'summarise']
+           'power_by_history', 'rates_by_history', 'refusals', 'falls_at', 'check_statistics', 'regime_rows',
+           'pooled_bins', 'series_of', 'summarise', 'list_nulls', 'list_power', 'list_refusals', 'list_falls',
+           'list_statistics', 'list_settings']
 
 # %% ../../nbs/calibration/593_rates.ipynb #2978ff45
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,6 +18,7 @@ from scipy.stats import binomtest, kstest
 
 from .case import NO_EDGE
 from ..domain import InputError
+from ..evidence.report import Table, make_table, number, percent
 
 # %% ../../nbs/calibration/593_rates.ipynb #d1b3d3a5
 @dataclass(frozen=True, slots=True)
@@ -130,9 +133,45 @@ def power_by_history(
                          "approved": round(found.share, 4), "ci95": [round(found.low, 4), round(found.high, 4)]})
     return rows
 
+# %% ../../nbs/calibration/593_rates.ipynb #09d310ea
+def rates_by_history(
+    rows: Sequence[Mapping[str, Any]],  # from `power_by_history`
+) -> list[dict[str, Any]]:
+    "False approvals and power of each length; lengths without a null are left out."
+    found = []
+    for days in sorted({row["days"] for row in rows}):
+        nulls = [row for row in rows if row["days"] == days and not row["planted_bps"]]
+        power = [{**row, "power": row["approved"]} for row in rows if row["days"] == days and row["planted_bps"]]
+        if nulls:
+            found.append({"days": days, "null_markets": nulls[0]["markets"], "false_approval_rate": nulls[0]["approved"], "false_approval_ci95": nulls[0]["ci95"], "power": power})
+    return found
+
+# %% ../../nbs/calibration/593_rates.ipynb #01a8fc95
+def refusals(
+    records: Iterable[Record],
+) -> dict[str, tuple[float, float]]:  # by check: share of nulls and of edges it refused; and those it refused alone
+    "How often each check failed, among all markets of each sort."
+    sorts = [[record for record in records if (record["case"]["kind"] in NO_EDGE) == null] for null in (True, False)]
+    names = dict.fromkeys(name for sort in sorts for record in sort for name in record["failed"])
+    return {name: tuple(float(np.mean([name in record["failed"] for record in sort])) if sort else float("nan") for sort in sorts) for name in names}  # type: ignore[misc]
+
+def falls_at(
+    records: Iterable[Record],
+    limit: float,  # worst fall that the gate allows, fraction
+) -> list[dict[str, Any]]:  # a row a risk
+    "Among edges that convinced in everything else: how deep the account fell, by what was risked on a trade."
+    convinced = [record for record in records if record["case"]["kind"] not in NO_EDGE and set(record["failed"]) <= {"drawdown"}]
+    falls = np.array([[fall for _, fall in record["falls"]] for record in convinced])
+    risks = [risk for risk, _ in convinced[0]["falls"]] if convinced else []
+    return [{"risk": risk, "markets": len(convinced), "median": float(np.median(falls[:, k])), "worst_tenth": float(np.quantile(falls[:, k], 0.9)),
+             "within": float(np.mean(falls[:, k] <= limit))} for k, risk in enumerate(risks)]
+
 # %% ../../nbs/calibration/593_rates.ipynb #88a94555
 def _known(records: Iterable[Record], section: str, name: str) -> np.ndarray:
     return np.array([record[section][name] for record in records if record[section][name] is not None], float)
+
+def _error(values: np.ndarray) -> float:
+    return float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else float("nan")
 
 def check_statistics(
     records: Iterable[Record],
@@ -142,12 +181,12 @@ def check_statistics(
     fixed, best, deflated, fair, costly = (_known(nulls, *place) for place in (
         ("fair", "p_fixed"), ("fair", "p_best"), ("fair", "p_deflated"), ("fair", "overfitting"), ("evidence", "overfitting")))
     return {"p_fixed_uniform": float(kstest(fixed, "uniform").pvalue), "p_fixed_below_5": float((fixed < 0.05).mean()), "p_best_below_5": float((best < 0.05).mean()),
-            "p_deflated_below_5": float((deflated < 0.05).mean()), "overfitting": float(fair.mean()), "overfitting_error": float(fair.std(ddof=1) / len(fair) ** 0.5),
+            "p_deflated_below_5": float((deflated < 0.05).mean()), "overfitting": float(fair.mean()), "overfitting_error": _error(fair),
             "overfitting_with_costs": float(costly.mean()), "shuffled_auc": _shuffled(nulls)}
 
 def _shuffled(nulls: Sequence[Record]) -> list[float] | None:  # mean and standard error
     scores = _known([record for record in nulls if record["case"]["kind"] == "shuffled"], "auc", "out_of_fold")
-    return [float(scores.mean()), float(scores.std(ddof=1) / len(scores) ** 0.5)] if len(scores) > 1 else None
+    return [float(scores.mean()), _error(scores)] if len(scores) > 1 else None
 
 # %% ../../nbs/calibration/593_rates.ipynb #8f145fea
 def regime_rows(
@@ -165,20 +204,86 @@ def pooled_bins(
     records: Iterable[Record],
 ) -> list[tuple[int, float, float]]:  # signals, mean forecast, share that won; in order of probability
     "Forecast against frequency over all markets."
-    sums = np.sum([record["bins"] for record in records], axis=0)
+    rows = np.array([row for record in records for row in record["bins"]]).reshape(-1, 4)
+    sums = np.column_stack([np.bincount(rows[:, 0].astype(int), column) for column in rows[:, 1:].T])
     return [(int(count), float(total / count), float(won / count)) for count, total, won in sums if count]
 
-# %% ../../nbs/calibration/593_rates.ipynb #08c27f8e
+# %% ../../nbs/calibration/593_rates.ipynb #3f1f6be3
+def series_of(
+    records: Iterable[Record],
+) -> tuple[list[Record], list[Record]]:  # the main series, and the long one that was judged after every fold
+    "The two series of a calibration."
+    every = list(records)
+    return [record for record in every if len(record["history"]) == 1], [record for record in every if len(record["history"]) > 1]
+
 def summarise(
     records: Sequence[Record],
     settings: Mapping[str, Any],  # plain values: all that the rates depend on
 ) -> dict[str, Any]:
     "The summary of a calibration, ready for JSON."
-    short = [record for record in records if len(record["history"]) == 1]  # the main series
-    main = short or list(records)
+    main, long = series_of(records)
     wrong = false_approvals(main)
     seeds = {f"{kind}:{size:g}:{bars}": [group[0]["case"]["seed"], group[-1]["case"]["seed"]] for (kind, size, bars), group in grouped(records).items()}
-    return {"null_markets": wrong["all"].markets, "false_approval_rate": round(wrong["all"].share, 4), "false_approval_ci95": [round(wrong["all"].low, 4), round(wrong["all"].high, 4)],
+    return {"days": main[0]["days"], "null_markets": wrong["all"].markets, "false_approval_rate": round(wrong["all"].share, 4), "false_approval_ci95": [round(wrong["all"].low, 4), round(wrong["all"].high, 4)],
             "power": power_curve(main), "false_approvals": {kind: {"markets": rate.markets, "rate": round(rate.share, 4), "ci95": [round(rate.low, 4), round(rate.high, 4)]} for kind, rate in wrong.items()},
-            "history": power_by_history([record for record in records if len(record["history"]) > 1]), "statistics": check_statistics(main), "regimes": regime_rows(main),
+            "history": rates_by_history(power_by_history(long)), "statistics": check_statistics(main), "regimes": regime_rows(main),
             "seeds": seeds, "settings": dict(settings)}
+
+# %% ../../nbs/calibration/593_rates.ipynb #9cdc5f01
+def _interval(low: float, high: float) -> str:
+    return f"{percent(low)} to {percent(high)}"
+
+def list_nulls(
+    rates: Mapping[str, Rate],  # as from `false_approvals`
+) -> Table:
+    "False approvals by kind of null."
+    return make_table("Markets without an edge", [{"kind": kind, "markets": f"{rate.markets:,}", "approved": f"{rate.count:,}", "share": percent(rate.share),
+                                                   "95 % interval": _interval(rate.low, rate.high)} for kind, rate in rates.items()])
+
+def list_power(
+    rows: Sequence[Mapping[str, Any]],  # as from `power_curve`
+) -> Table:
+    "Power by planted edge."
+    return make_table("Markets with a planted edge; net basis points a trade", [{
+        "edge": f"{row['kind']}:{row['planted_bps']:g}", "markets": f"{row['markets']:,}", "every signal": f"{number(row['edge_bps'], 1)} ± {number(row['edge_error_bps'], 1)}",
+        "trades it is for": number(row["favoured_bps"], 1), "trades taken": number(row["taken_bps"], 1), "approved": percent(row["power"], 0), "95 % interval": _interval(*row["ci95"])} for row in rows])
+
+def list_refusals(
+    shares: Mapping[str, tuple[float, float]],  # as from `refusals`
+) -> Table:
+    "Which check refused how many."
+    return make_table("What failed, in percent of markets", [{"check": name, "without an edge": percent(null, 0), "with one": percent(edge, 0)}
+                                                             for name, (null, edge) in sorted(shares.items(), key=lambda item: -item[1][1])])
+
+def list_falls(
+    rows: Sequence[Mapping[str, Any]],  # as from `falls_at`
+    limit: float,
+) -> Table:
+    "How deep accounts with an edge fell."
+    return make_table(f"Edges that convinced in everything else: worst fall by risk a trade, at most {percent(limit, 0)} allowed", [{
+        "risk a trade": percent(row["risk"]), "markets": f"{row['markets']:,}", "median fall": percent(row["median"]), "one in ten falls": percent(row["worst_tenth"]),
+        "within the limit": percent(row["within"], 0)} for row in rows])
+
+# %% ../../nbs/calibration/593_rates.ipynb #da4f5d1a
+def list_statistics(
+    checked: Mapping[str, Any],  # as from `check_statistics`
+) -> Table:
+    "What the statistics did where there was nothing, beside what they should."
+    shuffled = checked["shuffled_auc"]
+    rows = [("p-values of a strategy fixed beforehand: chance of such a deviation from uniform", number(checked["p_fixed_uniform"], 3), "not small"),
+            ("the same, below 0.05", percent(checked["p_fixed_below_5"]), "5 %"), ("p of the best of the family, undeflated, below 0.05", percent(checked["p_best_below_5"]), "more than 5 %"),
+            ("deflated p of the best, below 0.05", percent(checked["p_deflated_below_5"]), "at most 5 %"),
+            ("probability of overfitting, trading free", f"{number(checked['overfitting'])} ± {number(checked['overfitting_error'])}", "0.50"),
+            ("probability of overfitting, after costs", number(checked["overfitting_with_costs"]), "less: trading less is better"),
+            ("ROC area on shuffled outcomes", f"{number(shuffled[0], 3)} ± {number(shuffled[1], 3)}" if shuffled else "–", "0.500")]
+    return make_table("Statistics on markets without an edge", [{"what": what, "found": found, "should be": should} for what, found, should in rows])
+
+def list_settings(
+    settings: Mapping[str, Any],  # as from `verdict.rate_settings`
+) -> Table:
+    "Every setting that the rates depend on."
+    def leaves(value: Any, name: str = "") -> list[tuple[str, str]]:
+        if isinstance(value, Mapping):
+            return [leaf for key, item in value.items() for leaf in leaves(item, f"{name}.{key}".strip("."))]
+        return [(name, str(value))]
+    return make_table("What the rates were measured with", [{"setting": name, "value": value} for name, value in leaves(settings)])
