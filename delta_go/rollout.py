@@ -41,6 +41,7 @@ class Split(msgspec.Struct, frozen=True):
     address: str              # of the service
     tagged: dict[str, str]    # address by tag
     env: str = ""             # that its label names
+    image: str = ""           # of its newest revision
 
 # %% ../nbs/05_rollout.ipynb #a525a415
 def split_of(
@@ -56,7 +57,8 @@ def split_of(
             tags[tag], tagged[tag] = revision, str(entry["url"])
     if sum(shares.values()) != 100 or min(shares.values()) < 0:
         raise ValueError(f"shares {shares}")
-    return Split(shares, tags, str(service["status"]["url"]), tagged, service.get("metadata", {}).get("labels", {}).get("environment", ""))
+    [box] = service.get("spec", {}).get("template", {}).get("spec", {}).get("containers", [{}])
+    return Split(shares, tags, str(service["status"]["url"]), tagged, service.get("metadata", {}).get("labels", {}).get("environment", ""), box.get("image", ""))
 
 def read_splits(
     text: str,              # of `gcloud run services list --format=json`
@@ -369,6 +371,8 @@ def check_look(
         if name not in now or now[name].shares != wanted(rollout, name, percent, now[name]):
             got = f"{now[name].shares} and tags {now[name].tags}" if name in now else "no service"
             raise DeployFault(f"{name}: expected a new revision tagged {CANDIDATE} with {percent} % of the traffic, got {short(got)}")
+        if now[name].image not in ("", rollout.images[name]):
+            raise DeployFault(f"{name}: expected its newest revision to be of {rollout.images[name][-12:]}, got {short(now[name].image)[-12:]}; somebody else deploys it, wait for their end")
 
 def check_back(
     rollout: Rollout,

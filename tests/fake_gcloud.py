@@ -107,7 +107,7 @@ def describe(state: dict, name: str) -> dict:
     traffic = [{"revisionName": revision, "percent": share} for revision, share in service["traffic"].items()]
     for tag, revision in service["tags"].items():
         traffic.append({"revisionName": revision, "tag": tag, "url": service["revisions"][revision] or f"https://{tag}---{name}.example"})
-    return {"metadata": {"name": name, "labels": {"app": "delta-go", **service.get("labels", {})}}, "status": {"url": main, "traffic": traffic}}
+    return {"metadata": {"name": name, "labels": {"app": "delta-go", **service.get("labels", {})}}, "spec": {"template": {"spec": {"containers": [{"image": service.get("image", "")}]}}}, "status": {"url": main, "traffic": traffic}}
 
 
 def deploy(state: dict, name: str, words: list[str]) -> str:
@@ -122,6 +122,7 @@ def deploy(state: dict, name: str, words: list[str]) -> str:
     if first or "--no-traffic" not in words:
         service["traffic"] = {revision: 100}
     service["tags"][option(words, "tag")] = revision
+    service["image"] = option(words, "image")
     service["policy"] += ["allUsers"] * ("--no-allow-unauthenticated" not in words)
     return json.dumps(describe(state, name))
 

@@ -252,6 +252,22 @@ def test_services_of_another_place_are_left_alone(tmp_path, how):
     assert {tuple(words[:3]) for words in cloud.calls()} == {("run", "services", "list")}
 
 
+@pytest.mark.parametrize("k", [6, 9, 12, 16])
+def test_two_roll_outs_that_meet(tmp_path, k):
+    """Another machine deploys other images from a call on: what was asked and passed is never another image than the one that gets the traffic."""
+    cloud, calls, others = fresh(tmp_path), [0], f"{TARGET.repository}/hmm-detector@sha256:{'33' * 32}"
+
+    def gcloud(words, seconds: float) -> str:
+        calls[0] += 1
+        if calls[0] == k:
+            in_process(cloud, ["run", "deploy", "hmm-detector", f"--image={others}", "--no-traffic", "--tag=candidate", "--no-allow-unauthenticated"], seconds)
+        return in_process(cloud, words, seconds)
+
+    with pytest.raises(DeployFault, match="somebody else|an earlier roll-out|got"):
+        roll_out(TARGET, ROOT, tmp_path / "state", "begin", lambda passed: first(), lambda words, urgent: None, lambda line: None, QUICK, gcloud, ask)
+    assert side(cloud) == "old"
+
+
 @pytest.mark.parametrize("what", ["disk", "terminal", "impatience"])
 def test_what_is_around_a_roll_out_fails_from_any_moment_on(tmp_path, monkeypatch, what):
     """A full disk, a terminal that is gone, an interruption while a fault is told: old or new at 100 %, and somebody is told."""
@@ -305,7 +321,7 @@ def test_odd_split_comes_back_exactly(tmp_path):
         cloud.write(state)
         script(tmp_path, {str(k): "fail after"})
         assert isinstance(go(tmp_path, start=start), DeployFault)
-        assert cloud.read()["services"]["hmm-detector"] | {"revisions": 0} == state["services"]["hmm-detector"] | {"revisions": 0}
+        assert cloud.read()["services"]["hmm-detector"] | {"revisions": 0, "image": 0} == state["services"]["hmm-detector"] | {"revisions": 0, "image": 0}
 
 
 def test_absent_service_is_no_first_one(tmp_path):
