@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'data_app', 'Symbols', 'Resolution', 'Start', 'End', 'Seed', 'Jobs', 'AllowGaps', 'main', 'split_words', 'run',
-           'check', 'simulate', 'import_file', 'fetch', 'backtest', 'serve', 'emulate', 'rehearse', 'bot', 'dashboard',
-           'journal', 'explain', 'promote', 'rollback', 'deploy', 'verify']
+           'check', 'simulate', 'import_file', 'fetch', 'calibrate_gate', 'holdout', 'backtest', 'serve', 'emulate',
+           'rehearse', 'bot', 'dashboard', 'journal', 'explain', 'promote', 'rollback', 'deploy', 'verify']
 
 # %% ../nbs/98_cli.ipynb #a7b6d849
 import json
@@ -73,7 +73,7 @@ def run(
     parameters = dict(data=data, resolution=resolution, symbols=symbols, start=start, end=end, seed=seed, jobs=jobs, backend=backend, edge=edge, allow_gaps=allow_gaps,
                       looked_before=LOOKED_BEFORE if data else 0)
     summary = run_all(out, parameters)
-    typer.echo(f"\nverdict: {summary['verdict']}\nreport:  {out / 'reports' / 'index.html'}")
+    typer.echo(f"\nverdict: {summary['verdict']}\n{summary['rates']}\nreport:  {out / 'reports' / 'index.html'}")
 
 # %% ../nbs/98_cli.ipynb #c4789229
 @data_app.command("check")
@@ -154,6 +154,35 @@ def fetch(
         for result in download(url or BASE_URL, folder, chosen, resolution, *span, clock=time.time, progress=show):
             progress.console.print(f"{result.symbol}: {result.added:,} bars added, {result.missing:,} missing at the exchange")
         download_funding(url or BASE_URL, folder, chosen, *span, clock=time.time, progress=show)
+
+# %% ../nbs/98_cli.ipynb #f3e88d30
+@app.command("calibrate-gate")
+def calibrate_gate(
+    out: Annotated[Path, typer.Option(help="Where reports/calibrate_gate/ goes.")] = Path("build/calibrate"),
+    nulls: Annotated[int, typer.Option(help="Markets without an edge.")] = 200,
+    edges: Annotated[str, typer.Option(help="Planted edges, a comma list.")] = "drift:60,drift:100,drift:140",
+    markets: Annotated[int, typer.Option(help="Markets for each edge.")] = 100,
+    long: Annotated[int, typer.Option(help="Four-year markets, judged after every fold, without an edge and with the middle one.")] = 40,
+    data: Annotated[str, typer.Option(help="Folder of candle files to break; simulated ones by default.")] = "",
+    seed: Annotated[int, typer.Option(help="First seed; other seeds are other markets.")] = 0, jobs: Jobs = -1,
+    backend: Annotated[str, typer.Option(help="How markets are spread: loky or dask.")] = "loky",
+) -> None:
+    "How often the gate approves a market without an edge, and how small an edge it finds; goes on where it stopped."
+    from delta_go.calibration import calibrate
+    summary = calibrate.calibrate_gate(out, nulls, split_words(edges), markets, long, data, seed, jobs=jobs, backend=backend)
+    typer.echo(f"\n{summary['headline']}\nreport:  {out / 'reports' / 'calibrate_gate' / 'report.html'}")
+
+# %% ../nbs/98_cli.ipynb #6da549ee
+@app.command("holdout")
+def holdout(
+    start: Annotated[str, typer.Argument(help="First day, UTC.")], end: Annotated[str, typer.Argument(help="Day to stop before, UTC.")],
+    out: Annotated[Path, typer.Option(help="The output folder of the run whose trials they belong to.")] = Path("build/run"),
+) -> None:
+    "Keep days for the end: a run may open them once."
+    from delta_go.evidence.trials import declare_holdout
+    from delta_go.market.load import parse_time
+    kept = declare_holdout(out / "reports" / "walk_forward" / "trials.jsonl", "delta_go", parse_time(start) or 0, parse_time(end) or 0)
+    typer.echo(f"kept: {start} to {end}, opened {kept.openings if kept else 0} times so far")
 
 # %% ../nbs/98_cli.ipynb #396846e5
 @app.command()
