@@ -7,7 +7,9 @@ file="${RUNNER_TEMP:-build}/federated.json"
 provider="projects/$DELTA_GCP_PROJECT_NUMBER/locations/global/workloadIdentityPools/github/providers/delta-go"
 gcloud iam workload-identity-pools create-cred-config "$provider" --output-file="$file" \
   --credential-source-url="$ACTIONS_ID_TOKEN_REQUEST_URL&audience=https%3A%2F%2Fiam.googleapis.com%2F$provider" \
-  --credential-source-headers="Authorization=Bearer $ACTIONS_ID_TOKEN_REQUEST_TOKEN" \
+  --credential-source-headers="Authorization=Bearer THIS_JOB" \
   --credential-source-type=json --credential-source-field-name=value
+text=$(<"$file") # the shell's own means from here: the words of a command can be read by every process
+printf '%s\n' "${text//THIS_JOB/"$ACTIONS_ID_TOKEN_REQUEST_TOKEN"}" >"$file"
 gcloud auth login --quiet --brief --cred-file="$file"
 gcloud config set auth/impersonate_service_account "$DELTA_GCP_CALLER"

@@ -213,12 +213,14 @@ def test_every_command_of_a_workflow_is_there(tmp_path):
         (tmp_path / part).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / part).write_text("0123456789ab is the champion already\n")
     assert desk.run("git init --quiet && git init --quiet --bare origin.git && git remote add origin origin.git && git add models reports").returncode == 0
-    told = {"DELTA_GCP_PROJECT_NUMBER": "123", "DELTA_GCP_CALLER": "deployer@p.iam.gserviceaccount.com", "ACTIONS_ID_TOKEN_REQUEST_URL": "https://x/?a=1", "ACTIONS_ID_TOKEN_REQUEST_TOKEN": "t",
+    (tmp_path / "build/federated.json").write_text('{"Authorization": "Bearer THIS_JOB"}')
+    told = {"DELTA_GCP_PROJECT_NUMBER": "123", "DELTA_GCP_CALLER": "deployer@p.iam.gserviceaccount.com", "ACTIONS_ID_TOKEN_REQUEST_URL": "https://x/?a=1", "ACTIONS_ID_TOKEN_REQUEST_TOKEN": "jobs-token",
             "GITHUB_RUN_ID": "1", "GITHUB_SERVER_URL": "https://github.com", "GITHUB_REPOSITORY": "me/x", "FIRST": "--first"}
     for name, job, step in STEPS:
         if "run" in step and step["run"] not in ("make test", "make ci", "make wheel"):
             done = desk.run(step["run"], **told)
             assert done.returncode == 0, (name, job, step["run"], done.stderr)
+    assert "jobs-token" in (tmp_path / "build/federated.json").read_text() and "jobs-token" not in str(desk.heard("gcloud")), "no secret among the words of a command"
     heard = desk.heard("delta-go")
     for words in heard:
         parse(["delta-go", *words])
