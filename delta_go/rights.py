@@ -187,7 +187,10 @@ def roll_outs(
 # %% ../nbs/08_rights.ipynb #e9ba89a9
 def all_deployed(facts: Facts) -> Iterator[str]:
     "Every component is deployed by a job, to staging and to production."
-    calls = [*roll_outs(workflows(facts)["deploy-gcp.yml"])]
+    flow = workflows(facts)["deploy-gcp.yml"]
+    calls, begins = [*roll_outs(flow)], flow.get(True) or flow.get("on")
+    for path in sorted({"models/**", "delta_go/**", "deploy/**"} - {*begins.get("push", {}).get("paths", ["models/**", "delta_go/**", "deploy/**"])}):
+        yield f"deploy-gcp.yml: expected it to begin when {path} changes, got no such path; what is merged would stay where it is"
     for place in PLACES:
         moved = {part for _, places, parts, back in calls for part in parts if place in places and not back}
         for part in sorted(set(PARTS) - moved):
@@ -245,6 +248,7 @@ def retrain_proposes(facts: Facts) -> Iterator[str]:
         places = {f"retrain.yml, job {name}": f"{said}\n{job}", **{path: facts.texts[path] for path in re.findall(r"\.github/[\w-]+\.sh", said)}}
         got = [(place, found) for place, text in places.items() for found in sorted({*DEPLOYS.findall(text)})]
         got += [(f"retrain.yml, job {name}", right) for right, there in (("an environment", "environment" in job), ("id-token", "id-token" in rights),
+                ("a right to write beside a training", "write" in rights.values() and re.search(r"\bmake \w|\.venv/|\bpip |\bpython", said)),
                 ("actions: write beside other work", rights.get("actions") == "write" and not STARTS.fullmatch(said))) if there]
         for place, what in got:
             yield f"{place}: expected no right to deploy, got {what}; a person approves its pull request instead"

@@ -152,6 +152,8 @@ PLANTED = {  # what: check, file, old, new, and which checks speak up too
     "retraining merges its own proposal": ("retraining proposes", ".github/propose.sh", "gh pr create", "gh pr merge --auto retrain || gh pr create"),
     "retraining pushes to main": ("retraining proposes", ".github/propose.sh", "--force origin retrain", "--force origin HEAD:main"),
     "retraining has a secret": ("retraining proposes", WEEKLY, "github.token", "secrets.ADMIN"),
+    "new models that nobody deploys": ("everything is deployed", FLOW, '"models/**", ', ""),
+    "what trains may write": ("retraining proposes", WEEKLY, "timeout-minutes: 240\n    permissions:\n      contents: read", "timeout-minutes: 240\n    permissions:\n      contents: write"),
     "retraining starts workflows": ("retraining proposes", WEEKLY, "actions: read # what was trained", "actions: write"),
     "a stranger's words as a command": ("plain steps", CI, "run: make wheel", 'run: make wheel TITLE="${{ github.event.pull_request.title }}"'),
     "a stranger on our machine": ("plain steps", CI, "runs-on: ubuntu-24.04", "runs-on: self-hosted"),
