@@ -279,7 +279,7 @@ def test_the_edge_that_is_found_lies_between_measured_ones(rows):
 def test_the_sentence_says_what_differs():
     setup = setup_from()
     measured = {"days": 730, "null_markets": 200, "false_approval_rate": 0.03, "false_approval_ci95": [0.011, 0.064], "history": [], "settings": setup.settings,
-                "power": [{"edge_bps": 18.2, "power": 0.83, "markets": 100}]}
+                "power": [{"kind": "drift", "edge_bps": 18.2, "power": 0.83, "markets": 100}]}
     told = quote_rates(measured, setup.settings, 730)
     assert "approved 3.0% (at most 6.4%)" in told and "18 bp a trade it finds 83% of the time" in told and "other settings" not in told
     assert "here looked_before 60 instead of 0" in quote_rates(measured, {**setup.settings, "looked_before": 60}, 730)

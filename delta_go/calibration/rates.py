@@ -50,7 +50,7 @@ Record = Mapping[str, Any]  # as from `case.run_case`
 def grouped(
     records: Iterable[Record],
 ) -> dict[tuple[str, float, int], list[Record]]:  # by kind, planted size and bars
-    "Records that repeat the same question, nulls first."
+    "Records that repeat the same question: nulls first, then the edges by kind and size."
     groups: dict[tuple[str, float, int], list[Record]] = {}
     def place(record: Record) -> tuple:
         kind = record["case"]["kind"]

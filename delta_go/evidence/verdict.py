@@ -94,7 +94,7 @@ def nearest_rates(
 
 # %% ../../nbs/evidence/59_verdict.ipynb #fbf03c31
 def _edge_words(power: Sequence[Mapping[str, Any]]) -> str:
-    known = sorted((row for row in power if row["edge_bps"] is not None), key=lambda row: row["edge_bps"])
+    known = sorted((row for row in power if row["kind"] == power[0]["kind"] and row["edge_bps"] is not None), key=lambda row: row["edge_bps"])
     if not known:
         return "no edge was tried"
     row = next((row for row in known if row["power"] >= 0.8), max(known, key=lambda row: row["power"]))
