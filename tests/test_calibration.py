@@ -22,7 +22,7 @@ from delta_go.calibration.case import NO_EDGE, Case, make_market, run_case
 from delta_go.domain import InputError
 from delta_go.evidence import gate, metrics
 from delta_go.evidence.trials import TrialCount
-from delta_go.evidence.verdict import quote_rates
+from delta_go.evidence.verdict import differing, quote_rates
 from delta_go.evidence.walk_forward import WalkSettings, past_of, trade_folds, walk_forward
 from delta_go.learning.training import TrainSettings
 from delta_go.market.candles import check_candles
@@ -285,6 +285,25 @@ def test_the_sentence_says_what_differs():
     assert "here looked_before 60 instead of 0" in quote_rates(measured, {**setup.settings, "looked_before": 60}, 730)
     assert "This record has 64 months" in quote_rates(measured, setup.settings, 1_941)
     assert quote_rates(None, setup.settings, 730) == "How often this gate is wrong has not been measured."
+
+
+# ---- the committed calibration
+
+SUMMARY = ROOT / "reports" / "calibrate_gate" / "summary.json"
+
+
+@pytest.mark.skipif(not SUMMARY.is_file(), reason="the gate has not been calibrated yet")
+def test_the_committed_rates_keep_their_promise():
+    """At most 5 % of nulls approved, an edge of at most 20 bp found four times in five, by the settings in force, and every number follows from the records."""
+    known, (records, setup) = json.loads(SUMMARY.read_text()), open_calibration(ROOT)
+    again = json.loads(json.dumps(metrics.json_ready(rates.summarise(records, setup["settings"]))))
+    assert {name: known[name] for name in again} == again and differing(setup_from().settings, known["settings"]) == []
+    assert known["null_markets"] >= 200 and known["false_approval_rate"] <= 0.05 and known["false_approval_ci95"][1] <= 0.08
+    main = [row for row in known["power"] if row["kind"] == "drift" and row["markets"] >= 100]
+    assert len(main) >= 3 and any(row["edge_bps"] <= 20 and row["power"] >= 0.8 for row in main)
+    found = known["statistics"]
+    assert found["p_fixed_uniform"] > 0.01 and found["p_deflated_below_5"] <= 0.05 and abs(found["overfitting"] - 0.5) < 4 * found["overfitting_error"]
+    assert 0.48 < found["shuffled_auc"][0] < 0.51  # what the past has of a permutation the future lacks: a hair under one half
 
 
 # ---- the real thing, smaller, at night

@@ -13,7 +13,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
@@ -176,9 +176,9 @@ def show_cases() -> Iterator[Told]:
 def calibrate_gate(
     out: Path | str = "build/calibrate",  # reports/calibrate_gate/ goes below it
     nulls: int = 200,                     # markets without an edge
-    edges: Sequence[str] = ("drift:60", "drift:100", "drift:140"),
+    edges: Sequence[str] = ("drift:80", "drift:110", "drift:140"),
     markets: int = 100,                   # of each edge
-    long_markets: int = 40,               # long nulls, and as many with the middle edge; 0 for none
+    long_markets: int = 30,               # long nulls, and as many with the middle edge; 0 for none
     data: str = "",
     first_seed: int = 0,
     bars: int = 17_520,

@@ -281,7 +281,7 @@ def list_statistics(
             ("deflated p of the best, below 0.05", percent(checked["p_deflated_below_5"]), "at most 5 %"),
             ("probability of overfitting, trading free", f"{number(checked['overfitting'])} ± {number(checked['overfitting_error'])}", "0.50"),
             ("probability of overfitting, after costs", number(checked["overfitting_with_costs"]), "less: trading less is better"),
-            ("ROC area on shuffled outcomes", f"{number(shuffled[0], 3)} ± {number(shuffled[1], 3)}" if shuffled else "–", "0.500")]
+            ("ROC area on shuffled outcomes", f"{number(shuffled[0], 3)} ± {number(shuffled[1], 3)}" if shuffled else "–", "0.500, or a hair less: what the past has of a permutation, the future lacks")]
     return make_table(f"Statistics on {checked['markets']} markets that are fair games", [{"what": what, "found": found, "should be": should} for what, found, should in rows])
 
 def list_settings(
