@@ -116,7 +116,7 @@ def test_statistics_on_nulls_are_what_they_claim(base):
 
 @pytest.fixture(scope="module")
 def long_record():
-    return run_case(Case("drift", 300.0, 5, 198 * 24), SMALL, prefixes=True)
+    return run_case(Case("drift", 300.0, 5, 198 * 24), SMALL)
 
 
 def test_a_prefix_is_the_walk_that_stopped_there(long_record):

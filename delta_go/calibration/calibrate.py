@@ -104,8 +104,8 @@ def _appending(path: Path) -> Iterator[Callable[[Record], None]]:
 # %% ../../nbs/calibration/595_calibrate.ipynb #89277f7e
 Told = Callable[[int, int, Record], None]  # called with done, total, the newest record
 
-def _work(case: Case, settings: WalkSettings, limits: Thresholds, data: str, prefixes: bool, digest: str) -> Record:
-    return {"key": line_key(case, digest), **run_case(case, settings, limits, data, prefixes)}
+def _work(case: Case, settings: WalkSettings, limits: Thresholds, data: str, digest: str) -> Record:
+    return {"key": line_key(case, digest), **run_case(case, settings, limits, data)}
 
 def run_cases(
     cases: Sequence[Case],
@@ -113,7 +113,6 @@ def run_cases(
     settings: WalkSettings = WalkSettings(),
     limits: Thresholds = Thresholds(),
     data: str = "",            # folder of candles to break; empty for simulated ones
-    prefixes: bool = False,    # judge after every fold
     digest: str = "",          # of all settings
     jobs: int = -1,            # processes, -1 for one per core
     backend: str = "loky",     # loky or dask
@@ -123,7 +122,7 @@ def run_cases(
     known = read_records(path)
     left = [case for case in cases if line_key(case, digest) not in known]
     with _appending(path) as append:
-        for done, record in enumerate(stream(_work, [(case, settings, limits, data, prefixes, digest) for case in left], jobs, backend, ordered=False), 1):
+        for done, record in enumerate(stream(_work, [(case, settings, limits, data, digest) for case in left], jobs, backend, ordered=False), 1):
             append(record)
             known[record["key"]] = record
             if progress:
@@ -192,15 +191,10 @@ def calibrate_gate(
         raise InputError(f"nulls: expected at least one market without an edge, got {nulls}; a few hundred say something")
     setup, folder = setup or setup_from(data), Path(out) / "reports" / "calibrate_gate"
     middle = [edges[len(edges) // 2]] if edges else []
-    series = ((plan_cases(nulls, edges, markets, bars, first_seed), False),
-              ([case for case in plan_cases(long_markets * len(NO_EDGE), middle, long_markets, LONG_BARS, first_seed) if case.kind == "simulated" or not case.null], True))
-    total, before = sum(len(cases) for cases, _ in series), 0
+    longer = plan_cases(long_markets * len(NO_EDGE), middle, long_markets, LONG_BARS, first_seed)
+    cases = [*plan_cases(nulls, edges, markets, bars, first_seed), *(case for case in longer if case.kind == "simulated" or not case.null)]
     with (show_cases() if progress is None else nullcontext(progress)) as tell:
-        for cases, prefixes in series:
-            def told(done: int, _: int, record: Record, before: int = before) -> None:
-                tell(before + done, total, record)
-            run_cases(cases, folder / "cases.jsonl", setup.walk, setup.limits, setup.data, prefixes, setup.digest, jobs, backend, told)
-            before += len(cases)
+        run_cases(cases, folder / "cases.jsonl", setup.walk, setup.limits, setup.data, setup.digest, jobs, backend, tell)
     write_json(folder / "setup.json", {"digest": setup.digest, "settings": setup.settings, "candles": "files" if setup.data else "simulated", "first_seed": first_seed})
     run_workflow("calibrate_gate", {}, out)
     return read_summary(out, "calibrate_gate")

@@ -225,15 +225,14 @@ def run_case(
     settings: WalkSettings = WalkSettings(),
     limits: gate.Thresholds = gate.Thresholds(),
     data: str = "",        # folder of candles to break; empty for simulated ones
-    prefixes: bool = False,  # judge after every fold, not only at the end
 ) -> dict[str, Any]:       # plain values
     "Make the market, run the pipeline, keep what it said."
     began, market = perf_counter(), make_market(case, data)
     payments = {symbol: market.payments(symbol) for symbol in market.candles}
     with threadpool_limits(1):
         walk = walk_forward(market.candles, payments, settings, case.seed, fit=fit_shuffled if case.kind == "shuffled" else fit_models)
-        ends = range(1 if prefixes else len(walk.folds), len(walk.folds) + 1)
-        history = [judge_prefix(case, walk if end == len(walk.folds) else trade_folds(market.candles, payments, walk.folds[:end], settings), market, limits) for end in ends]
+        shorter = [trade_folds(market.candles, payments, walk.folds[:end], settings) for end in range(1, len(walk.folds))]
+        history = [judge_prefix(case, part, market, limits) for part in (*shorter, walk)]
         seen, won = walk.scored.probability, walk.scored.net_return > 0
         record = {"case": asdict(case), **history[-1], "history": [[part["days"], part["approved"]] for part in history], "edge": measure_edge(case, walk, market),
                   "fair": fair_statistics(walk, market, case.seed), "regimes": regime_accuracy(walk.folds, market), "falls": falls_by_risk(walk), "bins": probability_bins(seen, won),

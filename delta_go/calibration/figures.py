@@ -77,7 +77,7 @@ def history_lines(
     for shade, (kind, size) in enumerate(groups):
         mine = sorted((row for row in rows if (row["kind"], row["planted_bps"]) == (kind, size)), key=lambda row: row["days"])
         months, shares = [row["days"] / MONTH for row in mine], [row["approved"] for row in mine]
-        name = f"{kind}, {mine[0]['edge_bps']:+.0f} bp a trade" if size else "no edge"
+        name = f"{kind}, {mine[0]['edge_bps']:+.0f} bp a trade" if size else kind
         axes.plot(months, shares, "o-", markersize=3.5, linewidth=1.2, label=name, color=KIND_COLOURS[kind] if size else LOSS, alpha=0.4 + 0.6 * (shade + 1) / len(groups))
         low, high = np.array([row["ci95"] for row in mine]).T
         axes.fill_between(months, low, high, color=KIND_COLOURS[kind] if size else LOSS, alpha=0.08, linewidth=0)

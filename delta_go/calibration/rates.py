@@ -124,10 +124,13 @@ def edge_found(
 def power_by_history(
     records: Iterable[Record],
 ) -> list[dict[str, Any]]:  # a row a kind, size and length
-    "Approvals by days of candles."
-    rows = []
-    for (kind, size, bars), group in grouped(records).items():
-        for place, (days, _) in enumerate(group[0]["history"]):
+    "Approvals by days of candles; all nulls of a length together."
+    rows, groups = [], grouped(records)
+    lengths = dict.fromkeys(bars for _, _, bars in groups)
+    nulls = {("no edge", 0.0, length): [record for (kind, _, bars), group in groups.items() if kind in NO_EDGE and bars == length for record in group] for length in lengths}
+    edges = {key: group for key, group in groups.items() if key[0] not in NO_EDGE}
+    for (kind, size, bars), group in (nulls | edges).items():
+        for place, (days, _) in enumerate(group[0]["history"] if group else ()):
             found = rate_of(record["history"][place][1] for record in group)
             rows.append({"kind": kind, "planted_bps": size, "bars": bars, "edge_bps": _bps(pooled_net(group, "signals")[0]), "days": days, "markets": found.markets,
                          "approved": round(found.share, 4), "ci95": [round(found.low, 4), round(found.high, 4)]})
@@ -217,22 +220,23 @@ def pooled_bins(
 # %% ../../nbs/calibration/593_rates.ipynb #3f1f6be3
 def series_of(
     records: Iterable[Record],
-) -> tuple[list[Record], list[Record]]:  # the main series, and the long one that was judged after every fold
-    "The two series of a calibration."
+) -> tuple[list[Record], list[Record]]:  # the main series, and longer markets
+    "The two series of a calibration: the shortest markets, and all others."
     every = list(records)
-    return [record for record in every if len(record["history"]) == 1], [record for record in every if len(record["history"]) > 1]
+    shortest = min((record["case"]["bars"] for record in every), default=0)
+    return [record for record in every if record["case"]["bars"] == shortest], [record for record in every if record["case"]["bars"] > shortest]
 
 def summarise(
     records: Sequence[Record],
     settings: Mapping[str, Any],  # plain values: all that the rates depend on
 ) -> dict[str, Any]:
     "The summary of a calibration, ready for JSON."
-    main, long = series_of(records)
+    main, _ = series_of(records)
     wrong = false_approvals(main)
     seeds = {f"{kind}:{size:g}:{bars}": [group[0]["case"]["seed"], group[-1]["case"]["seed"]] for (kind, size, bars), group in grouped(records).items()}
     return {"days": main[0]["days"], "null_markets": wrong["all"].markets, "false_approval_rate": round(wrong["all"].share, 4), "false_approval_ci95": [round(wrong["all"].low, 4), round(wrong["all"].high, 4)],
             "power": power_curve(main), "false_approvals": {kind: {"markets": rate.markets, "rate": round(rate.share, 4), "ci95": [round(rate.low, 4), round(rate.high, 4)]} for kind, rate in wrong.items()},
-            "history": rates_by_history(power_by_history(long)), "statistics": check_statistics(main), "regimes": regime_rows(main),
+            "history": rates_by_history(power_by_history(records)), "statistics": check_statistics(main), "regimes": regime_rows(main),
             "seeds": seeds, "settings": dict(settings)}
 
 # %% ../../nbs/calibration/593_rates.ipynb #9cdc5f01
