@@ -14,8 +14,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 
-from .rates import MONTH, Rate, edge_found
+from .rates import Rate, edge_found
 from ..evidence.plots import DASHED, GAIN, INK, LOSS, MIXED, MUTED, REGIME_COLOURS, _dress, _legend, canvas
+from ..evidence.verdict import MONTH
 
 # %% ../../nbs/calibration/594_figures.ipynb #35253cab
 PROMISE = 0.05  # of markets without an edge that may be approved
