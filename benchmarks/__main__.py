@@ -1,5 +1,5 @@
 """Run every benchmark: `python -m benchmarks`."""
-from benchmarks import backtest, bot, features, regimes, services
+from benchmarks import backtest, bot, features, pipeline, regimes, services
 
-for each in (features, regimes, backtest, services, bot):
+for each in (features, regimes, backtest, pipeline, services, bot):
     each.main()
