@@ -220,7 +220,7 @@ def declare_holdout(
 ) -> Holdout | None:
     "Keep a range for the end. Raises `InputError` for a range that is none."
     if not 0 <= start < end:
-        raise InputError(f"holdout: expected a start before its end, got {start} and {end}; give both as seconds UTC")
+        raise InputError(f"holdout: expected a start before its end, got {np.datetime64(start, 's')} and {np.datetime64(end, 's')} UTC")
     _write_event(path, "holdout", family, (start, end))
     return find_holdout(read_trials(path), family)
 
