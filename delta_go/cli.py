@@ -160,7 +160,7 @@ def fetch(
 def calibrate_gate(
     out: Annotated[Path, typer.Option(help="Where reports/calibrate_gate/ goes.")] = Path("build/calibrate"),
     nulls: Annotated[int, typer.Option(help="Markets without an edge.")] = 200,
-    edges: Annotated[str, typer.Option(help="Planted edges, a comma list.")] = "drift:80,drift:110,drift:140",
+    edges: Annotated[str, typer.Option(help="Planted edges, a comma list.")] = "drift:80,drift:110,drift:135,drift:160",
     markets: Annotated[int, typer.Option(help="Markets for each edge.")] = 100,
     long: Annotated[int, typer.Option(help="Four-year markets, judged after every fold, without an edge and with the middle one.")] = 30,
     data: Annotated[str, typer.Option(help="Folder of candle files to break; simulated ones by default.")] = "",

@@ -60,7 +60,7 @@ class Settings(BaseSettings):
     taker_fee: float = setting(0.0005, "DELTA_TAKER_FEE", "a fraction of notional before tax, 0 to 0.01", ge=0, le=0.01)
     gst: float = setting(0.18, "DELTA_GST", "the tax on fees as a fraction, 0 to 1", ge=0, le=1)
     slippage_bps: float = setting(5.0, "DELTA_SLIPPAGE_BPS", "basis points against us, 0 to 10", ge=0, le=10)
-    risk_per_trade_pct: float = setting(1.0, "RISK_PER_TRADE_PCT", "percent of equity, above 0, at most 10", gt=0, le=10)
+    risk_per_trade_pct: float = setting(0.2, "RISK_PER_TRADE_PCT", "percent of equity, above 0, at most 10", gt=0, le=10)
     max_position_pct: float = setting(100.0, "DELTA_MAX_POSITION_PCT", "notional in percent of equity, above 0, at most 1000", gt=0, le=1000)
     max_exposure_pct: float = setting(200.0, "DELTA_MAX_EXPOSURE_PCT", "notional in percent of equity, above 0, at most 1000", gt=0, le=1000)
     leverage: float = setting(3.0, "DELTA_LEVERAGE", "a multiple of equity, 1 to 200", ge=1, le=200)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
+from delta_go.learning.predictor_fit import FitSettings
 from delta_go.learning.training import TrainedModels, TrainSettings, fit_models
 from delta_go.market.candles import Candles
 from delta_go.market.simulate import simulate_market
@@ -29,5 +30,5 @@ def case() -> Case:
     """Three symbols, 9,000 hours."""
     market, half = simulate_market(bars=9_000, seed=11), 5_000
     payments = {symbol: (funding.time, funding.rate) for symbol, funding in market.funding.items()}
-    models = fit_models({symbol: bars[:half] for symbol, bars in market.candles.items()}, payments, TrainSettings(restarts=2))
+    models = fit_models({symbol: bars[:half] for symbol, bars in market.candles.items()}, payments, TrainSettings(restarts=2, predictor=FitSettings(confidence=0.95)))
     return Case(market.candles, payments, models, half)

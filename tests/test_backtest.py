@@ -13,13 +13,14 @@ from delta_go.trading.decide import ENTER, EXIT, REASONS
 from delta_go.trading.plan import Plan
 from delta_go.trading.risk import RiskLimits
 
-# One long or short of BTCUSD at the close of bar 0, at 60,000. 100 USD over 0.60 a contract: 166 contracts, 0.166 coins, 9,960 USD.
+# One long or short of BTCUSD at the close of bar 0, at 60,000, one percent at risk. 100 USD over 0.60 a contract: 166 contracts, 0.166 coins, 9,960 USD.
 FLAT = (60_000.0, 60_100.0, 59_900.0, 60_000.0)
 LONG = dict(side=+1, stop=59_400.0, target=61_200.0, max_bars=100, confidence=0.6)    # enters at 60,030
 SHORT = dict(side=-1, stop=60_600.0, target=58_800.0, max_bars=100, confidence=0.6)   # enters at 59,970
+LIMITS = RiskLimits(risk_per_trade=0.01)
 
 
-def play(rows, at=None, start=0, hours=None, funding=None, limits=None, policy="gate", others=None, equity=10_000.0, products=PRODUCTS):
+def play(rows, at=None, start=0, hours=None, funding=None, limits=LIMITS, policy="gate", others=None, equity=10_000.0, products=PRODUCTS):
     "A backtest of BTCUSD with `rows` and signals `at` bars; `others` adds symbols as (rows, signals, hours)."
     markets = {"BTCUSD": (rows, {0: LONG} if at is None else at, hours)} | (others or {})
     bars = {s: candles(s, rows, start, hours=hours) for s, (rows, _, hours) in markets.items()}
@@ -102,13 +103,13 @@ def test_missing_funding_is_counted_and_costs_nothing():
 def test_funding_moments_inside_a_longer_bar_are_counted():
     bars = candles("BTCUSD", [FLAT] * 4, step=86_400)
     tape = build_tape({"BTCUSD": bars}, {"BTCUSD": plan(4, at={0: LONG})}, PRODUCTS, {"BTCUSD": (np.arange(12) * T, np.full(12, 0.001))})
-    result = run_backtest(tape)                        # in at day 1, out in day 3: six moments, two of them at an open
+    result = run_backtest(tape, LIMITS)                # in at day 1, out in day 3: six moments, two of them at an open
     assert only(result).funding == pytest.approx(2 * 9.96) and missing_funding(result) == 4
 
 
 # Twenty times leverage: in at 60,030, bankrupt at 57,028.5, liquidated at 57,178.575. The stop is 4,000 away: 100 / 4 = 25 contracts, 75.0375 USD of margin.
 FAR = LONG | dict(stop=56_000.0, target=65_000.0)
-WILD = RiskLimits(leverage=20.0)
+WILD = replace(LIMITS, leverage=20.0)
 
 
 @pytest.mark.parametrize("low, reason, price", [(57_178.5, "liquidation", 57_028.5), (57_179.0, "end", 59_970.0), (50_000.0, "liquidation", 57_028.5)])
@@ -183,7 +184,7 @@ def test_end_of_data():
 
 def test_an_order_waits_over_a_hole_and_keeps_its_room():
     eth = ([(3_000.0, 3_010.0, 2_990.0, 3_000.0)] * 5, {1: LONG | dict(stop=2_970.0, target=3_100.0)}, None)
-    result = play([FLAT, FLAT, FLAT], {0: LONG}, hours=[0, 3, 4], others={"ETHUSD": eth}, limits=RiskLimits(max_exposure=1.0))
+    result = play([FLAT, FLAT, FLAT], {0: LONG}, hours=[0, 3, 4], others={"ETHUSD": eth}, limits=replace(LIMITS, max_exposure=1.0))
     trades = ledger_of(result)
     assert [(t.symbol, t.entry_time, t.size) for t in trades] == [("ETHUSD", 2 * HOUR, 1), ("BTCUSD", 3 * HOUR, 166)]   # 40 USD were left: one contract of 30
     assert result.equity[1] == result.equity[0] == 10_000.0                                                   # nothing is held yet
@@ -210,7 +211,7 @@ def test_time_counts_the_symbols_own_bars_and_a_decided_exit_waits():
 def test_an_exit_frees_room_for_an_entry_at_the_same_close():
     ask = LONG | dict(stop=2_985.0, target=3_100.0)
     eth = ([(3_000.0, 3_010.0, 2_990.0, 3_000.0)] * 8, {2: ask, 3: ask}, None)
-    result = play([FLAT] * 8, {0: LONG | dict(max_bars=3)}, others={"ETHUSD": eth}, limits=RiskLimits(max_exposure=1.0))
+    result = play([FLAT] * 8, {0: LONG | dict(max_bars=3)}, others={"ETHUSD": eth}, limits=replace(LIMITS, max_exposure=1.0))
     btc, ether = ledger_of(result)
     assert result.equity[2:4] == pytest.approx([9_989.1406618] * 2)                                  # 10,000 less the fee of 5.8793382 and 30 x 0.166
     assert REASONS[result.reason[2, 1]] == "no room under the exposure limits"                       # 9,960 of it are held, a contract is 30
@@ -221,7 +222,7 @@ def test_the_surest_first_and_ties_by_symbol():
     def sizes(btc, eth, sol):
         markets = {"ETHUSD": ([(3_000.0, 3_010.0, 2_990.0, 3_000.0)] * 4, {0: LONG | dict(stop=2_985.0, target=3_100.0, confidence=eth)}, None),
                    "SOLUSD": ([(150.0, 150.5, 149.5, 150.0)] * 4, {0: LONG | dict(stop=149.25, target=155.0, confidence=sol)}, None)}
-        result = play([FLAT] * 4, {0: LONG | dict(stop=59_700.0, confidence=btc)}, others=markets, limits=RiskLimits(max_exposure=1.0))
+        result = play([FLAT] * 4, {0: LONG | dict(stop=59_700.0, confidence=btc)}, others=markets, limits=replace(LIMITS, max_exposure=1.0))
         return result.size[0].tolist()
     assert sizes(0.5, 0.6, 0.7) == [0, 3, 66]      # 9,900 of Solana, then 90 of Ether
     assert sizes(0.6, 0.6, 0.6) == [166, 1, 0]     # 9,960 of Bitcoin, then 30 of Ether

@@ -22,7 +22,7 @@ def test_defaults_are_the_documented_ones():
     settings = load_settings()
     assert settings.starting_equity == 10_000 and settings.symbols == SYMBOLS
     assert (settings.taker_fee, settings.gst, settings.slippage_bps) == (0.0005, 0.18, 5)
-    assert fractions(settings) == {"risk_per_trade": 0.01, "max_position": 1.0, "max_exposure": 2.0, "daily_loss_limit": 0.05, "max_drawdown": 0.1}
+    assert fractions(settings) == {"risk_per_trade": 0.002, "max_position": 1.0, "max_exposure": 2.0, "daily_loss_limit": 0.05, "max_drawdown": 0.1}
 
 
 def test_code_beats_environment_beats_file_beats_default(monkeypatch, tmp_path):

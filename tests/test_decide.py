@@ -13,13 +13,16 @@ from delta_go.trading.decide import ABSTAIN, ACTIONS, PERMIT, REASONS, REFUSE, A
 from delta_go.trading.risk import DAILY_LOSS, DRAWDOWN, OPEN, RiskLimits, watch
 
 
+LIMITS = RiskLimits(risk_per_trade=0.01)
+
+
 def propose(symbol, close, side=+1, confidence=0.6, permitted=PERMIT, regime=0, distance=0.01, present=True):
     signal = Signal(side, close, close * (1 - side * distance), close * (1 + side * 0.02), confidence, "pullback") if side else None
     return Proposal(PRODUCTS[symbol], 7_200, close, regime, signal, permitted, present)
 
 
 def said(proposals, account=None, limits=None):
-    return {d.symbol: (d.action, d.size, d.reason) for d in decide(proposals, account or Account(10_000.0), limits or RiskLimits())}
+    return {d.symbol: (d.action, d.size, d.reason) for d in decide(proposals, account or Account(10_000.0), limits or LIMITS)}
 
 
 BTC = propose("BTCUSD", 60_000.0)
@@ -50,7 +53,7 @@ def test_one_symbol_by_hand(proposal, account, expected):
 
 
 def test_an_order_carries_its_bracket_on_the_grid():
-    decision = decide([Proposal(PRODUCTS["BTCUSD"], 7_200, 60_000.0, 0, Signal(-1, 60_000.0, 60_600.1, 58_800.2, 0.6, ""))], Account(10_000.0), RiskLimits())[0]
+    decision = decide([Proposal(PRODUCTS["BTCUSD"], 7_200, 60_000.0, 0, Signal(-1, 60_000.0, 60_600.1, 58_800.2, 0.6, ""))], Account(10_000.0), LIMITS)[0]
     assert (decision.time, decision.side, decision.stop, decision.target) == (7_200, -1, 60_600.5, 58_800.0)
     assert decision.size == 166  # 100 over 0.6005, by the stop that will rest on the exchange
 
@@ -59,7 +62,7 @@ def test_the_surest_first_ties_by_symbol_each_within_the_room_left():
     # one account's worth of room: 10,000 USD. Each asks for all of it with a stop half a percent away (20,000 by risk, capped at 10,000).
     def asking(btc, eth, sol):
         return [propose("SOLUSD", 150.0, confidence=sol, distance=0.005), propose("BTCUSD", 60_000.0, confidence=btc, distance=0.005), propose("ETHUSD", 3_000.0, confidence=eth, distance=0.005)]
-    limits = RiskLimits(max_exposure=1.0)
+    limits = replace(LIMITS, max_exposure=1.0)
     none = ("skip", 0, "no room under the exposure limits")
     assert said(asking(0.5, 0.6, 0.7), limits=limits) == {"SOLUSD": ("enter", 66, "signal taken"), "ETHUSD": ("enter", 3, "signal taken"), "BTCUSD": none}  # 9,900, then 90 of 100
     assert said(asking(0.6, 0.6, 0.6), limits=limits) == {"BTCUSD": ("enter", 166, "signal taken"), "ETHUSD": ("enter", 1, "signal taken"), "SOLUSD": none}  # 9,960, then 30 of 40
@@ -68,28 +71,28 @@ def test_the_surest_first_ties_by_symbol_each_within_the_room_left():
 
 def test_a_refused_signal_takes_no_room():
     refused = propose("SOLUSD", 150.0, confidence=0.9, permitted=REFUSE, distance=0.005)
-    assert said([refused, propose("BTCUSD", 60_000.0, distance=0.005)], limits=RiskLimits(max_exposure=1.0))["BTCUSD"] == ("enter", 166, "signal taken")
+    assert said([refused, propose("BTCUSD", 60_000.0, distance=0.005)], limits=replace(LIMITS, max_exposure=1.0))["BTCUSD"] == ("enter", 166, "signal taken")
 
 
 def test_an_exit_frees_room_for_an_entry_at_the_same_close():
     held = {"SOLUSD": Position(-1, 60, 2, 48)}   # 9,000 USD
     asked = [BTC, propose("SOLUSD", 150.0, side=+1)]
-    assert said(asked, Account(10_000.0, OPEN, held), RiskLimits(max_exposure=1.0)) == {"SOLUSD": ("exit", 0, "opposite signal"), "BTCUSD": ("enter", 166, "signal taken")}
+    assert said(asked, Account(10_000.0, OPEN, held), replace(LIMITS, max_exposure=1.0)) == {"SOLUSD": ("exit", 0, "opposite signal"), "BTCUSD": ("enter", 166, "signal taken")}
     staying = [BTC, propose("SOLUSD", 150.0, side=-1)]
-    assert said(staying, Account(10_000.0, OPEN, held), RiskLimits(max_exposure=1.0))["BTCUSD"] == ("enter", 16, "signal taken")  # 1,000 over 60
+    assert said(staying, Account(10_000.0, OPEN, held), replace(LIMITS, max_exposure=1.0))["BTCUSD"] == ("enter", 16, "signal taken")  # 1,000 over 60
 
 
 def test_what_is_held_without_a_bar_keeps_its_room():
     held = {"SOLUSD": Position(-1, 60, 48, 48)}
     silent = propose("SOLUSD", 150.0, side=0, present=False)
-    assert said([BTC, silent], Account(10_000.0, OPEN, held), RiskLimits(max_exposure=1.0))["BTCUSD"] == ("enter", 16, "signal taken")
+    assert said([BTC, silent], Account(10_000.0, OPEN, held), replace(LIMITS, max_exposure=1.0))["BTCUSD"] == ("enter", 16, "signal taken")
     with pytest.raises(InputError, match="SOLUSD held but not proposed"):
-        decide([BTC], Account(10_000.0, OPEN, held), RiskLimits())
+        decide([BTC], Account(10_000.0, OPEN, held), LIMITS)
 
 
 def test_the_order_of_proposals_does_not_matter():
     asked = [propose("SOLUSD", 150.0, confidence=0.6), BTC, propose("ETHUSD", 3_000.0, confidence=0.8)]
-    answers = [decide(list(order), Account(10_000.0), RiskLimits(max_exposure=1.5)) for order in itertools.permutations(asked)]
+    answers = [decide(list(order), Account(10_000.0), replace(LIMITS, max_exposure=1.5)) for order in itertools.permutations(asked)]
     assert all(answer == answers[0] for answer in answers) and [d.symbol for d in answers[0]] == ["BTCUSD", "ETHUSD", "SOLUSD"]
 
 

@@ -231,7 +231,7 @@ def test_the_bound_keeps_its_promise():
         rng = np.random.default_rng(seed)
         start = np.sort(rng.integers(0, 365 * 86400, 600))
         earned = rng.normal(0, 0.01, 600) + rng.normal(0, 0.004, 53)[start // (7 * 86400)]
-        alarms += max(row.lower for row in threshold_table(rng.random(600), earned, start, FitSettings(draws=400), seed)) > 0
+        alarms += max(row.lower for row in threshold_table(rng.random(600), earned, start, FitSettings(confidence=0.95, draws=400), seed)) > 0
     assert alarms <= 15  # one in twenty promised; 15 of 150 has a chance below one in a hundred
 
 

@@ -34,7 +34,7 @@ from delta_go.market.simulate import Edge, simulate_market
 from delta_go.model_file import digest
 from delta_go.ops import promote as room
 from delta_go.ops.verify import approval_faults
-from delta_go.ops.promote import Card, Case, examine, open_case, promote, unapproved
+from delta_go.ops.promote import Card, Case, Rules, examine, open_case, promote, unapproved
 
 ROOT = Path(__file__).parents[1]
 SYMBOLS = ("BTCUSD", "ETHUSD", "SOLUSD")
@@ -124,7 +124,7 @@ def test_an_honest_candidate_is_approved_and_can_be_taken_back(world, champion):
     assert outside_needs(page) == [] and all(line.found.split(":")[0][:30] in page for line in card.lines if "&" not in line.found and "'" not in line.found)
     assert json.loads(raw)["outcome"] == "approved" and str(world.home) not in raw.decode()
     loaded = load_models(champion).manifest
-    assert loaded.approval == {"set": card.candidate, "card": digest(raw), "rules": "1", "replaces": parse_manifest(before[MANIFEST_FILE]).version, "data_end": card.data_end}
+    assert loaded.approval == {"set": card.candidate, "card": digest(raw), "rules": Rules().version, "replaces": parse_manifest(before[MANIFEST_FILE]).version, "data_end": card.data_end}
     assert unapproved(read_set(champion)) == read_set(run / "models") and loaded.version == card.candidate
     assert read_set(champion / "previous" / "1") == before
 

@@ -175,7 +175,7 @@ def show_cases() -> Iterator[Told]:
 def calibrate_gate(
     out: Path | str = "build/calibrate",  # reports/calibrate_gate/ goes below it
     nulls: int = 200,                     # markets without an edge
-    edges: Sequence[str] = ("drift:80", "drift:110", "drift:140"),
+    edges: Sequence[str] = ("drift:80", "drift:110", "drift:135", "drift:160"),
     markets: int = 100,                   # of each edge
     long_markets: int = 30,               # long nulls, and as many with the middle edge; 0 for none
     data: str = "",

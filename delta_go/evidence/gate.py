@@ -100,10 +100,10 @@ def overfitting_probability(returns: np.ndarray, blocks: int = 16) -> float:  # 
 class Thresholds:
     "What evidence must show before a model may trade."
     trades: int = 100                # at least
-    confidence: float = 0.95         # of the one-sided lower bounds
-    deflated_sharpe: float = 0.95    # at least, probability
+    confidence: float = 0.6          # of the one-sided lower bounds
+    deflated_sharpe: float = 0.6     # at least, probability
     overfitting: float = 0.5         # below, probability
-    baseline_better: float = 0.25    # below, probability that taking every signal is better
+    baseline_better: float = 0.9     # below, probability that taking every signal is better
     max_drawdown: float = 0.10       # at most, fraction of peak equity, breakers off
 
 # %% ../../nbs/evidence/52_gate.ipynb #bbe394f0

@@ -34,7 +34,7 @@ DAY = 86_400
 @dataclass(frozen=True, slots=True)
 class WalkSettings:
     "How history is walked."
-    first_train_days: int = 365   # before the first test period
+    first_train_days: int = 182   # before the first test period
     test_days: int = 91           # length of a test period
     train: TrainSettings = field(default_factory=lambda: TrainSettings(restarts=3))
     limits: RiskLimits = field(default_factory=RiskLimits)

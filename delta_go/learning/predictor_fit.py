@@ -91,7 +91,7 @@ class FitSettings:
     embargo: int = 2 * 86400      # seconds between a training label's end and a test period
     block: int = 7 * 86400        # seconds whose trades count as one observation
     shares: tuple[float, ...] = (1.0, 0.7, 0.5, 0.35, 0.25, 0.17, 0.12, 0.08)  # of signals that a candidate threshold takes
-    confidence: float = 0.95      # of the lower bound, for all candidate thresholds at once
+    confidence: float = 0.7       # of the lower bound, for all candidate thresholds at once
     draws: int = 2000             # sign flips behind the bound
     least_examples: int = 300     # fewer: abstain
     least_trades: int = 40        # out-of-fold trades a threshold needs

@@ -23,7 +23,7 @@ import numpy as np
 
 from ..config import load_settings
 from ..domain import REGIMES, DeltaGoError, InputError
-from ..evidence.gate import deflated_sharpe
+from ..evidence.gate import Thresholds, deflated_sharpe
 from ..evidence.metrics import Moments, interval, json_ready, mean_draws, mean_of, return_moments
 from ..evidence.report import Conclusion, date, make_page, make_table, read_summary
 from ..evidence.trials import count_trials, make_trial, read_trials, record_trial, trial_id
@@ -58,7 +58,7 @@ def find_set(
 @dataclass(frozen=True, slots=True)
 class Rules:
     "The limits of a promotion."
-    version: str = "1"
+    version: str = "2"
     cuts: int = 20            # bars a symbol at which the future is cut off
     names: float = 0.75       # of bars: named as by the champion, at least
     signals: int = 30         # with a known end on the untouched bars, and as many of them taken, at least
@@ -67,7 +67,7 @@ class Rules:
     better: float = 0.25      # probability that taking every signal is better, below; shared by all looks at these bars
     champion: float = 0.75    # probability that the champion is better, below
     drawdown: float = 0.10    # fraction of peak equity, breakers off, at most
-    deflated: float = 0.95    # deflated Sharpe ratio, probability, at least
+    deflated: float = Thresholds().deflated_sharpe  # deflated Sharpe ratio, probability, at least
     drifted: float = 0.25     # of a symbol's inputs, at most
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, slots=True)
 class RiskLimits:
     "What the account may do, as fractions of marked equity unless said otherwise."
-    risk_per_trade: float = 0.01   # lost at the stop, before costs
+    risk_per_trade: float = 0.002  # lost at the stop, before costs
     max_position: float = 1.0      # notional of one position
     max_exposure: float = 2.0      # notional of all positions
     leverage: float = 3.0          # notional over margin, as set at the exchange
