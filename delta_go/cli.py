@@ -163,13 +163,14 @@ def calibrate_gate(
     edges: Annotated[str, typer.Option(help="Planted edges, a comma list.")] = "drift:80,drift:110,drift:135,drift:160",
     markets: Annotated[int, typer.Option(help="Markets for each edge.")] = 100,
     long: Annotated[int, typer.Option(help="Four-year markets, judged after every fold, without an edge and with the middle one.")] = 30,
+    beside: Annotated[int, typer.Option(help="Markets on which trading is free, and as many with shuffled outcomes; counted apart.")] = 40,
     data: Annotated[str, typer.Option(help="Folder of candle files to break; simulated ones by default.")] = "",
     seed: Annotated[int, typer.Option(help="First seed; other seeds are other markets.")] = 0, jobs: Jobs = -1,
     backend: Annotated[str, typer.Option(help="How markets are spread: loky or dask.")] = "loky",
 ) -> None:
     "How often the gate approves a market without an edge, and how small an edge it finds; goes on where it stopped."
     from delta_go.calibration import calibrate
-    summary = calibrate.calibrate_gate(out, nulls, split_words(edges), markets, long, data, seed, jobs=jobs, backend=backend)
+    summary = calibrate.calibrate_gate(out, nulls, split_words(edges), markets, long, beside, data, seed, jobs=jobs, backend=backend)
     typer.echo(f"\n{summary['headline']}\nreport:  {out / 'reports' / 'calibrate_gate' / 'report.html'}")
 
 # %% ../nbs/98_cli.ipynb #6da549ee

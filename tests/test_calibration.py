@@ -18,7 +18,8 @@ from scipy.stats import binom, kstest
 
 from delta_go.calibration import calibrate, case, nulls, rates
 from delta_go.calibration.calibrate import Setup, calibrate_gate, open_calibration, plan_cases, read_records, run_cases, setup_from
-from delta_go.calibration.case import NO_EDGE, Case, make_market, run_case
+from delta_go.calibration.case import BESIDE, NO_EDGE, Case, make_market, run_case
+from delta_go.config import load_settings
 from delta_go.domain import InputError
 from delta_go.evidence import gate, metrics
 from delta_go.evidence.trials import TrialCount
@@ -227,11 +228,11 @@ def test_two_calibrations_do_not_share_a_file(tmp_path):
 
 
 def test_the_plan_shares_nulls_out_and_names_its_seeds():
-    cases = plan_cases(203, ["drift:60", "reversion:120"], 5, first_seed=1_000)
-    counts = {kind: sum(each.kind == kind for each in cases) for kind in (*NO_EDGE, "drift", "reversion")}
-    assert counts == {"simulated": 41, "flipped": 41, "resampled": 41, "phases": 40, "shuffled": 40, "drift": 5, "reversion": 5}
+    cases = plan_cases(203, ["drift:60", "reversion:120"], 5, first_seed=1_000, beside=4)
+    counts = {kind: sum(each.kind == kind for each in cases) for kind in (*NO_EDGE, *BESIDE, "drift", "reversion")}
+    assert counts == {"simulated": 51, "flipped": 51, "resampled": 51, "phases": 50, "free": 4, "shuffled": 4, "drift": 5, "reversion": 5}
     assert len(set(cases)) == len(cases) and min(each.seed for each in cases) == 1_000
-    assert {each.kind for each in cases[:7]} == {*NO_EDGE, "drift", "reversion"}           # a part of them already says something
+    assert {each.kind for each in cases[:8]} == {*NO_EDGE, *BESIDE, "drift", "reversion"}           # a part of them already says something
     for wrong in ({"nulls": -1}, {"edges": ["drift:x"]}, {"edges": ["wind:5"]}, {"bars": 0}):
         with pytest.raises(InputError):
             plan_cases(**wrong)
@@ -243,14 +244,14 @@ def small_setup():
 
 
 def test_a_tiny_calibration_from_cases_to_the_page(tmp_path):
-    summary = calibrate_gate(tmp_path, 5, ["drift:300"], 1, long_markets=0, bars=BARS, jobs=1, setup=small_setup(), progress=lambda *step: None)
+    summary = calibrate_gate(tmp_path, 5, ["drift:300"], 1, long_markets=0, beside=2, bars=BARS, jobs=1, setup=small_setup(), progress=lambda *step: None)
     assert summary["null_markets"] == 5 and 0 <= summary["false_approval_rate"] <= 1 and len(summary["power"]) == 1
     assert summary["settings"]["first_train_days"] == 130 and summary["headline"].startswith("On 5 markets without an edge, 5 months each")
     page = (tmp_path / "reports/calibrate_gate/report.html").read_text()
     assert page.count("data:image/png") >= 5 and summary["headline"] in page
     records, setup = open_calibration(tmp_path)
-    assert len(records) == 6 and rates.summarise(records, setup["settings"])["power"] == summary["power"]
-    again = calibrate_gate(tmp_path, 5, ["drift:300"], 1, long_markets=0, bars=BARS, jobs=1, setup=small_setup(), progress=lambda *step: pytest.fail("ran again"))
+    assert len(records) == 10 and rates.summarise(records, setup["settings"])["power"] == summary["power"]
+    again = calibrate_gate(tmp_path, 5, ["drift:300"], 1, long_markets=0, beside=2, bars=BARS, jobs=1, setup=small_setup(), progress=lambda *step: pytest.fail("ran again"))
     assert again == summary
     with pytest.raises(InputError, match="at least one market"):
         calibrate_gate(tmp_path, 0)
@@ -279,10 +280,12 @@ def test_the_edge_that_is_found_lies_between_measured_ones(rows):
 def test_the_sentence_says_what_differs():
     setup = setup_from()
     measured = {"days": 730, "null_markets": 200, "false_approval_rate": 0.03, "false_approval_ci95": [0.011, 0.064], "history": [], "settings": setup.settings,
-                "power": [{"kind": "drift", "edge_bps": 18.2, "power": 0.83, "markets": 100}]}
+                "power": [{"kind": "funding", "edge_bps": -23.0, "power": 1.0, "ci95": [0.9, 1.0], "markets": 40}, {"kind": "drift", "edge_bps": 18.2, "power": 0.83, "ci95": [0.74, 0.9], "markets": 100}]}
     told = quote_rates(measured, setup.settings, 730)
-    assert "approved 3.0% (at most 6.4%)" in told and "18 bp a trade it finds 83% of the time" in told and "other settings" not in told
-    assert "here looked_before 60 instead of 0" in quote_rates(measured, {**setup.settings, "looked_before": 60}, 730)
+    assert "approved 3.0% (at most 6.4%)" in told and "18 bp a trade (drift) it finds 83% of the time (at least 74%, 100 markets)" in told and "other settings" not in told
+    assert "60 earlier looks at these candles make this gate stricter" in quote_rates(measured, {**setup.settings, "looked_before": 60}, 730)
+    cheap = setup_from(account=load_settings(None, taker_fee=0.0001, risk_per_trade_pct=1.0, starting_equity=5_000, max_position_pct=50, daily_loss_limit_pct=3))
+    assert "here train.costs.taker_fee 0.0001 instead of 0.0005, " in quote_rates(measured, cheap.settings, 730)   # what the limits lean on comes first
     assert "This record has 64 months" in quote_rates(measured, setup.settings, 1_941)
     assert quote_rates(None, setup.settings, 730) == "How often this gate is wrong has not been measured."
 
@@ -310,6 +313,6 @@ def test_the_committed_rates_keep_their_promise():
 
 @pytest.mark.slow
 def test_twenty_nulls_and_twenty_edges(tmp_path):
-    summary = calibrate_gate(tmp_path, 20, ["drift:200"], 20, long_markets=0, first_seed=70_000, progress=lambda *step: None)
+    summary = calibrate_gate(tmp_path, 20, ["drift:200"], 20, long_markets=0, beside=4, first_seed=70_000, progress=lambda *step: None)
     assert summary["null_markets"] == 20 and summary["false_approval_rate"] <= 0.15
     assert summary["statistics"]["p_deflated_below_5"] <= 0.2 and abs(summary["statistics"]["overfitting"] - 0.5) < 0.25

@@ -18,7 +18,7 @@ from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
-from .case import NO_EDGE, Case, make_market, run_case
+from .case import BESIDE, NO_EDGE, Case, make_market, run_case
 from .rates import Record
 from ..config import Settings, load_settings
 from ..domain import InputError
@@ -45,13 +45,14 @@ def plan_cases(
     markets: int = 100,          # of each edge
     bars: int = 17_520,
     first_seed: int = 0,
+    beside: int = 0,             # of each kind that is counted apart
 ) -> list[Case]:                 # mixed, so that a part of them already says something
     "The cases of a calibration; InputError for numbers and edges that make no sense."
-    if nulls < 0 or markets < 0 or bars < 1 or first_seed < 0:
-        raise InputError(f"calibration: expected numbers of markets, bars and a first seed of 0 or more, got {nulls}, {markets}, {bars} and {first_seed}")
+    if min(nulls, markets, first_seed, beside) < 0 or bars < 1:
+        raise InputError(f"calibration: expected numbers of markets, bars and a first seed of 0 or more, got {nulls}, {markets}, {beside}, {bars} and {first_seed}")
     planted = [parse_edge(edge) for edge in edges]
     wanted = [(kind, 0.0, count) for kind, count in share_out(nulls, NO_EDGE).items()]
-    wanted += [(edge.kind, edge.size_bps, markets) for edge in planted if edge]
+    wanted += [(edge.kind, edge.size_bps, markets) for edge in planted if edge] + [(kind, 0.0, beside) for kind in BESIDE]
     rows = [[Case(kind, size, first_seed + number, bars) for number in range(count)] for kind, size, count in wanted]
     return [case for case in chain.from_iterable(zip_longest(*rows)) if case]
 
@@ -149,9 +150,11 @@ def setup_from(
     limits: Thresholds = Thresholds(),
 ) -> Setup:
     "The settings of a real walk-forward."
-    account, usual = account or load_settings(), WalkSettings()
+    account, usual, candles = account or load_settings(), WalkSettings(), make_market(Case("simulated", 0.0, 0, 2)).candles
+    if data and (found := sorted(load_market(data).candles)) != sorted(candles):
+        raise InputError(f"{data}: expected candles of {', '.join(sorted(candles))}, as the simulated markets have, got {', '.join(found)}; the rates are of all of them together")
     walk = replace(usual, train=replace(usual.train, costs=costs_from(account)), limits=limits_from(account), starting_equity=account.starting_equity)
-    return Setup(walk, limits, data, rate_settings(walk, limits, make_market(Case("simulated", 0.0, 0, 2)).candles))
+    return Setup(walk, limits, data, rate_settings(walk, limits, candles))
 
 # %% ../../nbs/calibration/595_calibrate.ipynb #2db88898
 LONG_BARS = 35_040  # four years of hours
@@ -165,8 +168,9 @@ def show_cases() -> Iterator[Told]:
         task = bars.add_task("markets")
 
         def tell(done: int, total: int, record: Record) -> None:
-            mine = seen[record["case"]["kind"] in NO_EDGE]
-            mine[0], mine[1] = mine[0] + record["approved"], mine[1] + 1
+            if record["case"]["kind"] not in BESIDE:
+                mine = seen[record["case"]["kind"] in NO_EDGE]
+                mine[0], mine[1] = mine[0] + record["approved"], mine[1] + 1
             words = f"approved now: {seen[True][0]} of {seen[True][1]} without an edge, {seen[False][0]} of {seen[False][1]} with one"
             bars.update(task, completed=done, total=total, description=words)
         yield tell
@@ -178,6 +182,7 @@ def calibrate_gate(
     edges: Sequence[str] = ("drift:80", "drift:110", "drift:135", "drift:160"),
     markets: int = 100,                   # of each edge
     long_markets: int = 30,               # long nulls, and as many with the middle edge; 0 for none
+    beside: int = 40,                     # with free trading, and as many with shuffled outcomes
     data: str = "",
     first_seed: int = 0,
     bars: int = 17_520,
@@ -192,7 +197,7 @@ def calibrate_gate(
     setup, folder = setup or setup_from(data), Path(out) / "reports" / "calibrate_gate"
     middle = [edges[len(edges) // 2]] if edges else []
     longer = plan_cases(long_markets * len(NO_EDGE), middle, long_markets, LONG_BARS, first_seed)
-    cases = [*plan_cases(nulls, edges, markets, bars, first_seed), *(case for case in longer if case.kind == "simulated" or not case.null)]
+    cases = [*plan_cases(nulls, edges, markets, bars, first_seed, beside), *(case for case in longer if case.kind == "simulated" or case.planted)]
     with (show_cases() if progress is None else nullcontext(progress)) as tell:
         run_cases(cases, folder / "cases.jsonl", setup.walk, setup.limits, setup.data, setup.digest, jobs, backend, tell)
     write_json(folder / "setup.json", {"digest": setup.digest, "settings": setup.settings, "candles": "files" if setup.data else "simulated", "first_seed": first_seed})

@@ -69,10 +69,10 @@ def differing(
     one: Any,
     other: Any,
     name: str = "",
-) -> list[str]:  # such as `restarts 3 instead of 8`
+) -> list[str]:  # such as `train.restarts 3 instead of 8`
     "Where two sets of plain values differ."
     if isinstance(one, Mapping) and isinstance(other, Mapping):
-        return [words for key in sorted(one.keys() | other.keys()) for words in differing(one.get(key), other.get(key), key)]
+        return [words for key in sorted(one.keys() | other.keys()) for words in differing(one.get(key), other.get(key), f"{name}.{key}".strip("."))]
     return [] if one == other else [f"{name} {one} instead of {other}"]
 
 # %% ../../nbs/evidence/59_verdict.ipynb #ec291d7d
@@ -94,11 +94,12 @@ def nearest_rates(
 
 # %% ../../nbs/evidence/59_verdict.ipynb #fbf03c31
 def _edge_words(power: Sequence[Mapping[str, Any]]) -> str:
-    known = sorted((row for row in power if row["kind"] == power[0]["kind"] and row["edge_bps"] is not None), key=lambda row: row["edge_bps"])
-    if not known:
-        return "no edge was tried"
+    paying = [row for row in power if (row["edge_bps"] or 0) > 0]
+    if not paying:
+        return "no edge that pays on every signal was tried"
+    known = sorted((row for row in paying if row["kind"] == paying[0]["kind"]), key=lambda row: row["edge_bps"])
     row = next((row for row in known if row["power"] >= 0.8), max(known, key=lambda row: row["power"]))
-    return f"an edge of {row['edge_bps']:.0f} bp a trade it finds {row['power']:.0%} of the time ({row['markets']} markets)"
+    return f"an edge of {row['edge_bps']:.0f} bp a trade ({row['kind']}) it finds {row['power']:.0%} of the time (at least {row['ci95'][0]:.0%}, {row['markets']} markets)"
 
 def quote_rates(
     rates: Mapping[str, Any] | None,  # a calibration's summary
@@ -108,11 +109,14 @@ def quote_rates(
     "Both error rates in a sentence, with what they do not cover."
     if rates is None:
         return "How often this gate is wrong has not been measured."
-    near, others = nearest_rates(rates, days), differing(settings, rates["settings"])
+    near, looks = nearest_rates(rates, days), settings["looked_before"]
+    others = sorted(differing({**settings, "looked_before": 0}, {**rates["settings"], "looked_before": 0}), key=lambda words: (".costs." not in words, not words.startswith("gate.")))
     told = [f"On {near['null_markets']} markets without an edge, {near['days'] / MONTH:.0f} months each, this gate approved {near['false_approval_rate']:.1%} "
             f"(at most {near['false_approval_ci95'][1]:.1%}); {_edge_words(near['power'])}."]
     if abs(math.log(near["days"] / days)) > 0.15:
         told.append(f"This record has {days / MONTH:.0f} months.")
+    if looks > rates["settings"]["looked_before"]:
+        told.append(f"{looks} earlier looks at these candles make this gate stricter: it approves fewer of both.")
     if others:
         told.append(f"Measured with other settings: here {', '.join(others[:4])}{' and more' if len(others) > 4 else ''}.")
     return " ".join(told)
