@@ -162,7 +162,7 @@ def calibrate_gate(
     nulls: Annotated[int, typer.Option(help="Markets without an edge.")] = 200,
     edges: Annotated[str, typer.Option(help="Planted edges, a comma list.")] = "drift:80,drift:110,drift:135,drift:160",
     markets: Annotated[int, typer.Option(help="Markets for each edge.")] = 100,
-    long: Annotated[int, typer.Option(help="Four-year markets, judged after every fold, without an edge and with the middle one.")] = 16,
+    long: Annotated[int, typer.Option(help="Four-year markets, judged after every fold, without an edge and with the middle one.")] = 40,
     beside: Annotated[int, typer.Option(help="Markets on which trading is free, and as many with shuffled outcomes; counted apart.")] = 40,
     data: Annotated[str, typer.Option(help="Folder of candle files to break; simulated ones by default.")] = "",
     seed: Annotated[int, typer.Option(help="First seed; other seeds are other markets.")] = 0, jobs: Jobs = -1,

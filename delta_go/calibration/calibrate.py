@@ -181,7 +181,7 @@ def calibrate_gate(
     nulls: int = 200,                     # markets without an edge
     edges: Sequence[str] = ("drift:80", "drift:110", "drift:135", "drift:160"),
     markets: int = 100,                   # of each edge
-    long_markets: int = 16,               # long nulls, and as many with the middle edge; 0 for none
+    long_markets: int = 40,               # long nulls, and as many with the middle edge; 0 for none
     beside: int = 40,                     # with free trading, and as many with shuffled outcomes
     data: str = "",
     first_seed: int = 0,

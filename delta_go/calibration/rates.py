@@ -217,7 +217,7 @@ def regime_rows(
 ) -> list[dict[str, Any]]:
     "Accuracy of the filter beside the one that knows the truth, by kind and size; simulated markets only."
     rows = []
-    for (kind, size, _), group in grouped(records).items():
+    for (kind, size, _), group in grouped(each for each in records if each["case"]["kind"] not in BESIDE).items():
         known = [record["regimes"] for record in group if record["regimes"]["filter"] is not None]
         if known:
             rows.append({"kind": kind, "planted_bps": size, "markets": len(known)} | {name: float(np.mean([each[name] for each in known])) for name in ("filter", "informed", "usual")})
