@@ -315,5 +315,5 @@ def test_the_committed_rates_keep_their_promise():
 @pytest.mark.slow
 def test_twenty_nulls_and_twenty_edges(tmp_path):
     summary = calibrate_gate(tmp_path, 20, ["drift:200"], 20, long_markets=0, beside=4, first_seed=70_000, progress=lambda *step: None)
-    assert summary["null_markets"] == 20 and summary["false_approval_rate"] <= 0.15
+    assert summary["null_markets"] == 20 and summary["false_approval_rate"] <= 0.15 and summary["power"][0]["markets"] == 20 and summary["power"][0]["power"] >= 0.7
     assert summary["statistics"]["p_deflated_below_5"] <= 0.2 and abs(summary["statistics"]["overfitting"] - 0.5) < 0.25

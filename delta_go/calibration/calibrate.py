@@ -49,7 +49,7 @@ def plan_cases(
 ) -> list[Case]:                 # mixed, so that a part of them already says something
     "The cases of a calibration; InputError for numbers and edges that make no sense."
     if min(nulls, markets, first_seed, beside) < 0 or bars < 1:
-        raise InputError(f"calibration: expected numbers of markets, bars and a first seed of 0 or more, got {nulls}, {markets}, {beside}, {bars} and {first_seed}")
+        raise InputError(f"calibration: expected numbers of markets and a first seed of 0 or more, and at least one bar, got nulls {nulls}, markets {markets}, beside {beside}, first seed {first_seed}, bars {bars}")
     planted = [parse_edge(edge) for edge in edges]
     wanted = [(kind, 0.0, count) for kind, count in share_out(nulls, NO_EDGE).items()]
     wanted += [(edge.kind, edge.size_bps, markets) for edge in planted if edge] + [(kind, 0.0, beside) for kind in BESIDE]

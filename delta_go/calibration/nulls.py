@@ -79,7 +79,7 @@ def flip_moves(
     moves: Moves,
     rng: np.random.Generator,
 ) -> Moves:
-    "Each bar forwards or mirrored, by a fair coin that the symbols share."
+    "Each bar forwards or mirrored, by one random number for all symbols, so that prices are a fair game."
     stays = rng.random((len(moves.time), 1)) < 1 / (1 + np.exp(moves.total))
     sign = np.where(stays, 1.0, -1.0)
     mirrored = -moves.reach[..., ::-1]
@@ -130,7 +130,7 @@ def make_null(
     moves: Moves,        # of the market to break
     seed: int,
 ) -> LoadedMarket:
-    "A market without an edge; the same arguments give the same bytes."
+    "A market broken in one of three ways; the same arguments give the same bytes."
     if kind not in NULLS:
         raise InputError(f"null: expected one of {', '.join(NULLS)}, got {kind!r}")
     rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(list(NULLS).index(kind),)))

@@ -116,7 +116,7 @@ def quote_rates(
     if abs(math.log(near["days"] / days)) > 0.15:
         told.append(f"This record has {days / MONTH:.0f} months.")
     if looks > rates["settings"]["looked_before"]:
-        told.append(f"{looks} earlier looks at these candles make this gate stricter: it approves fewer of both.")
+        told.append(f"{looks} earlier looks at these candles make this gate stricter: it approves fewer markets, with and without an edge.")
     if others:
         told.append(f"Measured with other settings: here {', '.join(others[:4])}{' and more' if len(others) > 4 else ''}.")
     return " ".join(told)
