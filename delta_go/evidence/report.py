@@ -97,11 +97,13 @@ class Conclusion:
     "A sentence that must not be overlooked."
     words: str
     good: bool = False
+    note: str = ""      # what must be read with it
 
     def _repr_html_(self) -> str:
-        return f'<div class="verdict{" trade" if self.good else ""}"><strong>{escape(self.words)}</strong></div>'
+        note = f'<p class="note">{escape(self.note)}</p>' if self.note else ""
+        return f'<div class="verdict{" trade" if self.good else ""}"><strong>{escape(self.words)}</strong>{note}</div>'
 
-    def __repr__(self) -> str: return self.words
+    def __repr__(self) -> str: return f"{self.words}. {self.note}" if self.note else self.words
 
 # %% ../../nbs/evidence/57_report.ipynb #4f2cab57
 def list_evidence(
@@ -278,7 +280,7 @@ td{border-bottom:1px solid var(--line);padding:.3rem .8rem .3rem 0;vertical-alig
 pre{font:12.5px/1.45 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;white-space:pre-wrap;margin:.4rem 0}details{color:var(--muted);margin:.2rem 0}
 summary{cursor:pointer;font-size:.8rem}.highlight pre,.output_error pre{background:var(--wash);padding:.6rem .8rem;border-radius:4px;color:var(--ink)}
 .highlight .k,.highlight .kn{color:#51307f}.highlight .s1,.highlight .s2{color:var(--gain)}.highlight .c1{color:var(--muted)}
-.verdict{border-left:5px solid var(--loss);background:var(--wash);padding:.8rem 1.1rem;margin:1rem 0;font-size:1.05rem}.verdict.trade{border-color:var(--gain)}
+.verdict{border-left:5px solid var(--loss);background:var(--wash);padding:.8rem 1.1rem;margin:1rem 0;font-size:1.05rem}.verdict.trade{border-color:var(--gain)}.verdict .note{font-size:.95rem;margin:.6rem 0 0}
 .facts{color:var(--muted);font-size:.9rem}.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(200px,1fr));gap:.8rem;padding:0;list-style:none}
 .cards li{border:1px solid var(--line);border-radius:6px;padding:.7rem .9rem}.cards p{margin:.3rem 0 0;font-size:.85rem;color:var(--muted)}
 """
@@ -439,7 +441,7 @@ def write_index(
             "The run stopped before its end. Models that were there before are still the ones in force." if verdict.startswith("failed") else
             "The models are kept and reported, and the predictor does not trade. That is a result, and most honest searches end with it.")
     parts = ["<h1>delta_go: what the evidence says</h1>",
-             Conclusion(f"{verdict}. {rates}" if rates else verdict, trade)._repr_html_(), f"<p>{told}</p>",
+             Conclusion(verdict, trade, rates)._repr_html_(), f"<p>{told}</p>",
              '<p class="facts">' + " · ".join(f"{escape(name)}: {escape(str(value))}" for name, value in facts.items()) + "</p>"]
     parts += [picture for workflow in summaries for picture in _figures(Path(out), workflow)]
     parts += ["<h2>In detail</h2>", '<ul class="cards">', *(_card(name, summary) for name, summary in summaries.items()), "</ul>"]
