@@ -157,6 +157,21 @@ def test_a_case_that_makes_no_sense_is_refused(wrong):
         Case(*wrong)
 
 
+def test_where_trading_is_free_costs_are_all_that_differs():
+    free, costly = (run_case(Case(kind, 0.0, 5, BARS), SMALL)["edge"]["signals"] for kind in ("free", "simulated"))
+    assert 10e-4 < free["sum"] / free["trades"] - costly["sum"] / costly["trades"] < 35e-4  # two fees with GST and two slips are 21.8 bp
+
+
+def test_only_markets_without_an_edge_are_approved_falsely():
+    def record(kind, approved, failed=(), size=0.0):
+        return {"case": {"kind": kind, "size": size, "bars": 100, "seed": 0}, "approved": approved, "failed": list(failed)}
+    records = [record("simulated", False, ["abstained"]), record("flipped", True), record("shuffled", True), record("free", True),
+               record("drift", False, ["drawdown"], 80.0), record("drift", False, ["drawdown", "abstained"], 80.0), record("drift", True, (), 80.0)]
+    found = rates.false_approvals(records)
+    assert {kind: (rate.count, rate.markets) for kind, rate in found.items()} == {"all": (1, 2), "simulated": (0, 1), "flipped": (1, 1), "free": (1, 1)}
+    assert rates.refusals(records)["drawdown"] == (0.0, 2 / 3, 1 / 3) and rates.refusals(records)["abstained"] == (0.5, 1 / 3, 0.0)
+
+
 def test_candles_from_a_folder_are_broken(tmp_path):
     market = simulate_market(bars=2_500, seed=9)
     for symbol, bars in market.candles.items():
@@ -166,6 +181,10 @@ def test_candles_from_a_folder_are_broken(tmp_path):
         made, again = (make_market(Case(kind, 0.0, seed, 2_000), str(tmp_path)) for seed in (4, 5))
         assert all(len(bars) == 2_000 and bars.time[-1] == market.candles["BTCUSD"].time[-1] for bars in made.candles.values())
         assert np.array_equal(made.candles["BTCUSD"].close, again.candles["BTCUSD"].close) == (kind == "shuffled")
+    for lost in tmp_path.glob("SOLUSD*"):
+        lost.unlink()
+    with pytest.raises(InputError, match="expected candles of BTCUSD, ETHUSD, SOLUSD.*got BTCUSD, ETHUSD"):
+        setup_from(str(tmp_path))
 
 
 # ---- many cases
@@ -295,7 +314,6 @@ def test_the_sentence_says_what_differs():
 SUMMARY = ROOT / "reports" / "calibrate_gate" / "summary.json"
 
 
-@pytest.mark.skipif(not SUMMARY.is_file(), reason="the gate has not been calibrated yet")
 def test_the_committed_rates_keep_their_promise():
     """At most 5 % of nulls approved, README's edge found four times in five, by the settings in force, and every number follows from the records."""
     known, (records, setup) = json.loads(SUMMARY.read_text()), open_calibration(ROOT)

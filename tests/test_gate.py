@@ -188,17 +188,19 @@ def flip(seed, skill=0.0):
     return lambda move: np.sign(move) if rng.random() < skill else (1 if rng.random() < 0.5 else -1)
 
 
-def verdict_of(record, baseline):
+def verdict_of(record, baseline, limits=gate.Thresholds()):
     returns = np.column_stack([metrics.record_returns(one)[1] for one in (record, baseline)])
     count = TrialCount(2, float(np.var([metrics.return_moments(column).sharpe for column in returns.T], ddof=1)))
-    return gate.judge(gate.gather_evidence(record, count, returns, baseline))
+    return gate.judge(gate.gather_evidence(record, count, returns, baseline, limits), limits)
 
 
 def test_skill_is_let_through_and_coins_are_not():
     candles = market(0.0, 5)
     coins = account(candles, flip(1))
     assert verdict_of(account(candles, flip(2, skill=0.3)), coins).trade
-    assert not any(verdict_of(account(candles, flip(10 + seed)), coins).trade for seed in range(20))  # they pay their costs; that is what the limits count on
+    strict = gate.Thresholds(confidence=0.95, deflated_sharpe=0.95, baseline_better=0.25)
+    assert not any(verdict_of(account(candles, flip(10 + seed), cost=0.0), coins, strict).trade for seed in range(20))
+    assert not any(verdict_of(account(candles, flip(10 + seed)), coins).trade for seed in range(20))  # the limits in force count on costs
 
 
 def test_being_long_in_a_rising_market_is_not_skill():
