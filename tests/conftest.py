@@ -5,11 +5,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, settings
 
 from delta_go.learning.predictor_fit import FitSettings
 from delta_go.learning.training import TrainedModels, TrainSettings, fit_models
 from delta_go.market.candles import Candles
 from delta_go.market.simulate import simulate_market
+
+settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a busy machine is no fault
+settings.load_profile("unhurried")
 
 
 @dataclass(frozen=True)

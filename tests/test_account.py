@@ -598,7 +598,7 @@ def test_slow_samples_teach_nothing():
 
 # ---- budget -------------------------------------------------------------------------------------------------------------------
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.tuples(st.floats(0, 40), st.sampled_from([1, 3, 5, 10, 25]), st.booleans()), min_size=50, max_size=200), st.floats(0, 300))
 def test_no_window_of_theirs_sees_more_than_the_quota(calls, phase):
     budget, now, spent, own = Budget(quota=200), 0.0, {}, {}
@@ -642,7 +642,7 @@ def test_all_spellings_are_one_code(words):
 JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6), lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from([*ROW, "error", "code"]), inner, max_size=4), max_leaves=6)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(JSON, st.sampled_from(list(ROW)))
 def test_no_row_breaks_the_reader(value, name):
     with contextlib.suppress(Unreadable):
@@ -650,7 +650,7 @@ def test_no_row_breaks_the_reader(value, name):
         assert 0 <= order.filled_size <= order.size and order.state in ("open", "pending", "closed", "cancelled")
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.sampled_from([200, 400, 401, 500]), JSON | st.builds(lambda result, flag: {"success": flag, "result": result, "error": result}, JSON, JSON))
 def test_no_reply_is_accepted_by_accident(status, payload):
     outcome = judge(status, json.dumps(payload), 1, read_order)

@@ -25,7 +25,8 @@ from delta_go.live.orders import NO_STOP
 from delta_go.live.status import ask_kill
 from delta_go.market.accounts import Answers
 from tests.blind import DEAF, EAGER, REFUSING, RUN, Ill, Mangler, Phone, Trial, inject, trial
-from tests.whole import environment, minute_data, minute_market, minute_models, wait_for
+from tests.waiting import wait_for
+from tests.whole import environment, minute_data, minute_market, minute_models
 
 PATIENCE = 100.0  # seconds for anything to come about on a busy machine; nothing here is a promise about time
 SERVICE_KEY = "service-key-of-these-tests-0123456789"

@@ -169,7 +169,7 @@ def damaged(draw):
     return candles
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(damaged(), st.booleans())
 def test_repair_leaves_only_gaps_and_invents_nothing(candles, with_clock):
     now = int(candles.time.max()) if with_clock else None
@@ -189,7 +189,7 @@ def test_repair_keeps_the_last_of_two_and_a_good_one_before_a_bad_one():
     assert len(done) == 2
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.sets(st.integers(0, 60), min_size=1), st.integers(1, 12))
 def test_contiguous_is_a_function_of_each_window(slots, length):
     time = np.array(sorted(slots)) * STEP
@@ -200,7 +200,7 @@ def test_contiguous_is_a_function_of_each_window(slots, length):
     assert answer.tolist() == [bool(contiguous(window, STEP, length)[0]) for window in windows]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.sets(st.integers(0, 119), min_size=1), st.sampled_from([2, 3, 4, 12]))
 def test_resampled_bars_are_complete_and_right(slots, factor):
     fine = make_candles(120, step=300, start=1_600_000_000 // 3600 * 3600)[np.array(sorted(slots))]

@@ -53,6 +53,7 @@ from delta_go.serving.client import (
     view_of,
 )
 from delta_go.serving.contract import encode, parse_regimes, parse_trades
+from tests.waiting import FOREVER, SOON
 
 MODELS = Path(__file__).parent.parent / "models"
 KEY = "canary-0123456789abcdef0123456789abcdef"
@@ -414,7 +415,7 @@ def drip(caller, first=b"", byte=b"x", pause=0.03):
 
 
 SLOW = {
-    "silence": lambda caller: time.sleep(3),
+    "silence": lambda caller: time.sleep(FOREVER),
     "dripping status": partial(drip, byte=b"H"),
     "dripping headers": partial(drip, first=b"HTTP/1.1 200 OK\r\n", byte=b"a: b\r\n"),
     "dripping body": partial(drip, first=b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n", byte=b" "),
@@ -429,7 +430,7 @@ def test_no_try_outlasts_its_time(name, market):
         began = time.monotonic()
         with pytest.raises(NoAnswer, match=r"no answer \((ReadTimeout|TimeoutException)\)"):
             remote.regime(market["BTCUSD"])
-        assert 0.45 < time.monotonic() - began < 2
+        assert 0.45 < time.monotonic() - began < SOON
 
 
 def test_a_host_that_does_not_pick_up(market):
@@ -443,7 +444,7 @@ def test_a_host_that_does_not_pick_up(market):
             began = time.monotonic()
             with pytest.raises(NoAnswer, match="ConnectTimeout"):
                 remote.regime(market["BTCUSD"])
-            assert 0.15 < time.monotonic() - began < 1.5
+            assert 0.15 < time.monotonic() - began < SOON
 
 
 def test_nobody_home(market):
@@ -747,7 +748,7 @@ def test_an_encrypted_answer_has_its_time_too(server, certificate, market, monke
         began = time.monotonic()
         with pytest.raises(NoAnswer, match="Timeout"):
             remote.regime(market["BTCUSD"])
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < SOON
 
 
 # --- the room itself ---

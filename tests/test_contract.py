@@ -72,14 +72,14 @@ names = st.sampled_from((*RegimeRequest.__struct_fields__, *PREDICTOR_FEATURES, 
 
 @pytest.mark.parametrize("form", PARSERS)
 @given(body=st.binary(max_size=200))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_noise_is_refused_as_a_problem(form: str, body: bytes) -> None:
     assert answer(body, PARSERS[form]) is not None or form == "trades" and json.loads(body) == {}
 
 
 @pytest.mark.parametrize("form", PARSERS)
 @given(data=st.data())
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 def test_damaged_bodies_raise_nothing_but_problems(form: str, data: st.DataObject) -> None:
     body = bytearray(VALID[form])
     for _ in range(data.draw(st.integers(1, 4))):
@@ -91,14 +91,14 @@ def test_damaged_bodies_raise_nothing_but_problems(form: str, data: st.DataObjec
 
 @pytest.mark.parametrize("form", PARSERS)
 @given(document=values | st.dictionaries(names | st.text(max_size=5), values, max_size=6), wrapped=st.booleans())
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 def test_any_json_raises_nothing_but_problems(form: str, document: Any, wrapped: bool) -> None:
     answer(json.dumps({"requests": [document]} if wrapped else document).encode(), PARSERS[form])
 
 
 @pytest.mark.parametrize("form", PARSERS)
 @given(field=names, value=values)
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 def test_a_spoiled_field_is_the_field_that_is_named(form: str, field: str, value: Any) -> None:
     good = json.loads(VALID[form])
     problem = answer(json.dumps(good | {field: value}).encode(), PARSERS[form])
@@ -119,9 +119,9 @@ HOSTILE = [b"", b" ", b"null", b"[]", b"0", b'"text"', b"[" * 200_000, b'{"open"
 @pytest.mark.parametrize("number", range(len(HOSTILE)))
 def test_the_catalogue_of_hostile_bodies_is_refused_at_once(number: int) -> None:
     for parse in PARSERS.values():
-        start = clock.perf_counter()
+        start = clock.process_time()
         assert answer(HOSTILE[number], parse) is not None
-        assert clock.perf_counter() - start < 1
+        assert clock.process_time() - start < 1
 
 
 class Twice(Exception):
@@ -159,7 +159,7 @@ def trade_bodies(draw: Any) -> bytes:
 @given(body=trade_bodies())
 @example(b'{"symbol": "\\"\\"", "symbol": "A"}')
 @example(b'{"requests": [{"rsi": 1}, {"rsi": 2}], "requests": [{"rsi": 1, "rsi": 1}]}')
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 def test_duplicates_are_seen_as_a_slow_reader_sees_them(body: bytes) -> None:
     problem = answer(body, parse_trades)
     try:
@@ -180,7 +180,7 @@ number = st.floats(-1e7, 1e7) | st.sampled_from([0, 1, -1, 0.2, 23, 100, 0.5])
 
 
 @given(inputs=st.dictionaries(st.sampled_from(PREDICTOR_FEATURES), number | st.none(), max_size=25), regime=st.sampled_from([*REGIMES, None]))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_trade_requests_are_judged_as_the_predictor_judges_its_inputs(inputs: dict[str, float | None], regime: str | None) -> None:
     try:
         expected = check_inputs(inputs | {"regime": regime})
@@ -205,7 +205,7 @@ def test_bounds_include_their_ends_and_nothing_beyond(field: str) -> None:
 
 
 @given(text=st.from_regex(r"[1-9][0-9]{0,25}\.[0-9]{1,40}(e-?[0-9]{1,2})?", fullmatch=True))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_numbers_are_read_to_the_bit(text: str) -> None:
     assert contract._REGIME.decode(f'{{"symbol":"A","open":[{text}],"high":[],"low":[],"close":[],"volume":[]}}').open == [float(text)]
 
@@ -235,7 +235,7 @@ time_spoils = st.sampled_from([0, 1, STEP, -STEP, 300, -START, -START - STEP, 10
 
 
 @given(changes=st.lists(spoils, max_size=3), shifts=st.lists(st.tuples(st.integers(0, 23), time_spoils), max_size=2), dated=st.booleans(), all_rows=st.sampled_from([0, 0, STEP, -STEP, 60, -START - 24 * STEP]))
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=250)
 def test_fast_and_slow_checks_agree_with_plain_python(changes: list[tuple[str, int, float]], shifts: list[tuple[int, int]], dated: bool, all_rows: int) -> None:
     request = regime_body()
     for name, row, value in changes:
@@ -305,7 +305,7 @@ leaves = st.none() | st.booleans() | st.integers(-2**60, 2**60) | st.floats() | 
 
 
 @given(data=st.recursive(leaves, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3), max_leaves=8))
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 def test_what_is_encoded_can_be_read_back_or_is_withheld(data: Any) -> None:
     try:
         body = encode(data)

@@ -517,7 +517,7 @@ def test_mixed_adds_up(weights, percent):
         assert sum(split.values()) == 100 and split.get("new", 0) == percent and min(split.values()) > 0
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.booleans(), min_size=60, max_size=60), st.booleans())
 def test_every_path_ends(outcomes, bot):
     """Whatever goes well or badly, a roll-out ends, and once back it never goes forward."""

@@ -69,7 +69,7 @@ def test_schemathesis_can_generate_requests(name: str) -> None:
     seen = []
 
     @given(case=schema[service.path]["POST"].as_strategy())
-    @settings(max_examples=5, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=5, database=None, suppress_health_check=list(HealthCheck))
     def generate(case: Any) -> None:
         seen.append(case.body)
         assert validator(service, operation(service)["requestBody"]["content"]["application/json"]["schema"]).is_valid(case.body)
@@ -116,7 +116,7 @@ numbers = st.floats(-2e6, 2e6) | st.integers(-30, 30) | st.none() | st.booleans(
 
 
 @given(request=st.dictionaries(st.sampled_from([*BOUNDS, "regime", "symbol", "leverage"]), numbers | st.sampled_from([*REGIMES, "BTCUSD", "a b", ""]), max_size=5), many=st.booleans())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_document_and_parser_judge_alike(request: dict[str, Any], many: bool) -> None:
     body: dict[str, Any] = {"requests": [request]} if many else request
     try:
@@ -196,7 +196,7 @@ cards = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | s
 
 
 @given(card=st.dictionaries(st.sampled_from([HOSTILE, "verdict", "model.pkl", "data", "start"]), cards, max_size=4))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_no_card_can_break_the_page(card: dict[str, Any]) -> None:
     check_page(page(detector(card=card), "n0nce"), "n0nce")
 

@@ -19,7 +19,7 @@ def status(sample, recent, **rest):
     return drift.feature_drift(drift.summarise_sample(sample, ["x"], **rest), recent, ["x"])[0]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(1, 3_000), st.sampled_from([0.0, 0.3, 1.0]), st.sampled_from([1, 3, 24, 10_000]), st.integers(0, 99))
 def test_summaries_are_plain_finite_and_whole(rows, missing, values, seed):
     rng = np.random.default_rng(seed)

@@ -27,6 +27,7 @@ from delta_go.market.venue import PRODUCTS, Costs
 from delta_go.trading.backtest import build_tape, decisions_of, run_backtest
 from delta_go.trading.plan import Plan
 from delta_go.trading.risk import RiskLimits
+from tests.waiting import SOON
 
 KEY, SECRET = "emulator-key", "emulator-secret-0001"
 RANGE = dict(start="2023-02-01", end="2023-02-03")
@@ -301,7 +302,7 @@ def test_leverage_margin_and_closing_everything():
         timer.sleep(0.3)
         assert trader.send("POST", "/v2/orders/bracket", {"product_id": 27, "stop_loss_order": {"order_type": "market_order", "stop_price": "10000"}}).json()["success"]
         naked = trader.account()["naked_seconds"]["BTCUSD"]
-        assert not naked["now"] and 0.3 <= naked["longest"] < 5
+        assert not naked["now"] and 0.3 <= naked["longest"] < SOON
         trader.send("POST", "/v2/positions/close_all", {"close_all_portfolio": True, "close_all_isolated": True, "user_id": FIRST_USER})
         assert trader.account()["positions"] == {} and trader.get("/v2/orders") == []
         assert trader.get("/v2/users/trading_preferences")["user_id"] == FIRST_USER

@@ -297,7 +297,7 @@ def test_every_odd_body_is_an_answer_or_one_of_two_errors():
     assert caught.value.wait is None
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 9000), st.integers(0, 9000), st.sets(st.integers(0, 9000), max_size=30), st.integers(0, 9000), st.integers(0, 59))
 def test_windows_cover_what_is_missing_and_no_page_is_too_long(start, end, kept_out, now, late):
     have = np.setdiff1d(np.arange(2000, 7000), list(kept_out)) * 60

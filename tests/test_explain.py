@@ -272,7 +272,7 @@ trades = st.builds(lambda size, entry, leaving, hours, fees, funding, noise, rea
     st.integers(1, 500), st.floats(1e4, 9e4), st.floats(1e4, 9e4), st.integers(0, 5), st.floats(0, 50).map(lambda v: round(v, 6)), amounts, amounts, st.sampled_from(["time", "stop_loss", "signal"]))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.none() | trades, st.none() | trades, st.integers(1, 500), st.booleans(), st.booleans())
 def test_parts_add_up_whatever_happened(ours, theirs, wanted, refused, missed):
     """To a millionth of a dollar, also where a ledger contradicts its own prices."""

@@ -117,7 +117,7 @@ def test_every_row_equals_its_own_window(bars, features):
         assert alone.close[0] == features.close[t] and alone.time[0] == features.time[t]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 300), st.integers(WINDOW, 500), st.integers(0, 7))
 def test_slices_at_odd_offsets_give_the_same_bits(bars, features, start, length, shift):
     "Memory that starts anywhere: copies of the columns at every alignment, and strided ones."

@@ -85,7 +85,7 @@ def overfitting_by_hand(returns, blocks):
     return np.mean(worse)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(2, 7), st.sampled_from([4, 6, 8]), st.integers(3, 12), st.integers(0, 1_000))
 def test_overfitting_is_its_definition(count, blocks, per_block, seed):
     returns = np.random.default_rng(seed).normal(size=(blocks * per_block, count))
@@ -140,7 +140,7 @@ def test_each_failure_refuses_alone_and_is_named(change, words):
     assert not verdict.trade and len(verdict.reasons) == 1 and words in verdict.line and verdict.line.startswith("no edge: ")
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.builds(gate.Evidence, trades=st.integers(0, 1_000), trials=st.integers(0, 50),
                  **{field.name: st.none() | st.floats() for field in fields(gate.Evidence) if field.name not in ("trades", "trials")}),
        st.floats(0.5, 0.999))

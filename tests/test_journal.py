@@ -273,7 +273,7 @@ def test_export_is_the_journal(path, tmp_path):
     assert [row.sequence for row in read_journal(path, after=2)] == [3, 4]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(bodies, min_size=1, max_size=5), st.data())
 def test_any_change_of_any_row_is_found(contents, data):
     rows, before = [], START

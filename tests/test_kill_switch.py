@@ -24,7 +24,8 @@ from delta_go.live.journal import entry_of, read_journal
 from delta_go.live.pace import Emulator
 from delta_go.trading.intents import Entry
 from delta_go.trading.messages import Accepted, OrderRequest
-from tests.whole import KEY, SECRET, environment, minute_data, minute_market, minute_models, start, state_in, wait_for
+from tests.waiting import wait_for
+from tests.whole import KEY, SECRET, environment, minute_data, minute_market, minute_models, start, state_in
 
 SYMBOLS = ("BTCUSD", "ETHUSD", "SOLUSD")
 FIRST, AGAIN = 60.0, 180.0   # seconds of the market after which all three symbols signal

@@ -26,7 +26,8 @@ from delta_go.live.journal import entry_of, read_journal, read_order_name
 from delta_go.live.status import Status, read_status
 from delta_go.market.accounts import Answers
 from delta_go.trading.intents import DENIED, DOUBTFUL, SECOND
-from tests.whole import end, environment, minute_data, minute_market, minute_models, start, state_in, wait_for
+from tests.waiting import wait_for
+from tests.whole import end, environment, minute_data, minute_market, minute_models, start, state_in
 
 KILLS = int(os.environ.get("DELTA_TEST_KILLS", "200"))  # of all campaigns together
 WORLDS = (       # what the exchange may answer where its documents are silent; a campaign of kills in each, at once

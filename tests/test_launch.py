@@ -21,7 +21,8 @@ from delta_go.live.journal import entry_of, read_journal
 from delta_go.live.launch import SENTENCE, in_hand, refusals, unfit
 from delta_go.live.pace import Emulator
 from delta_go.live.status import read_status
-from tests.whole import end, environment, minute_data, minute_market, minute_models, start, state_in, wait_for
+from tests.waiting import wait_for
+from tests.whole import end, environment, minute_data, minute_market, minute_models, start, state_in
 
 VERDICT, APPROVAL = "verdict is trade, this one's is", "was never approved; judge it with delta-go promote"
 BARS, MINUTE = 250, 60.0   # bars that the exchange shows when it begins; its seconds from one close to the next, the first after one

@@ -28,7 +28,7 @@ def same(ours, theirs):
     return [[x for x in astuple(t) if x == x] for t in ours] == [[x for x in astuple(t) if x == x] for t in theirs]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(trades, st.floats(0, 1e6))
 def test_a_ledger_is_sorted_rounded_and_adds_up(rows, start):
     ledger = settle(rows, start)
@@ -43,7 +43,7 @@ def test_a_ledger_is_sorted_rounded_and_adds_up(rows, start):
 
 
 @pytest.mark.parametrize("ending", [".csv", ".parquet"])
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(rows=trades)
 def test_files_read_back_equal(tmp_path_factory, ending, rows):
     path = tmp_path_factory.mktemp("ledger") / f"ledger{ending}"

@@ -133,7 +133,7 @@ def test_clean_pipelines_raise_no_flag(pipeline, holes):
     assert find_lookahead(pipeline, candles, cuts, history=60, rows=5) == []
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(1, 40), st.integers(0, 1_000), st.sampled_from([None, 60]))
 def test_any_peek_ahead_is_caught_where_it_starts(ahead, seed, history):
     candles = market(400, seed)
@@ -179,7 +179,7 @@ def test_an_extra_row_in_the_past_is_a_leak():
     assert {leak.kind for leak in find_lookahead(sparse, candles, range(150, 250))} >= {"extra"}
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 298), st.integers(1, 50), st.floats(0.01, 0.99))
 def test_what_was_known_is_what_an_exchange_serves(cut, history, share):
     candles = market(300)

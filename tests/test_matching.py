@@ -335,7 +335,7 @@ def steps(draw):
                         draw(PRICES) if stop_kind else None, None if stop_kind else draw(st.none() | PRICES), None, None if stop_kind else draw(st.none() | PRICES))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.lists(steps(), max_size=30), st.sampled_from(["full", "proportional", "on_completion"]), st.integers(1, 9) | st.none())
 def test_books_balance_whatever_is_sent(script, rule, first):
     exchange, account = desk(answers=Answers(bracket_on_partial=rule), leverage=20.0)

@@ -71,14 +71,14 @@ def by_hand(record):
     return np.array(equity)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(accounts())
 def test_marked_equity_is_what_a_plain_loop_says(record):
     assert np.allclose(record.equity, by_hand(record), atol=1e-6)
     assert np.isclose(record.equity[-1], record.start_equity + record.ledger["pnl"].sum())
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(accounts())
 def test_parts_add_up_and_the_summary_is_strict_json(record):
     summary = metrics.summarise_backtest(record)
@@ -90,7 +90,7 @@ def test_parts_add_up_and_the_summary_is_strict_json(record):
     assert tuple(summary)[:-2] == metrics.SUMMARY_KEYS and 0 <= summary["exposure"] <= 1 and summary["max_drawdown"] >= 0
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(accounts(), st.floats(0, 0.001))
 def test_gross_less_costs_is_net(record, slippage):
     costs = metrics.cost_breakdown(record.ledger, VALUES, slippage)
@@ -178,7 +178,7 @@ def test_moments_are_their_definition():
     assert np.isclose(moments.sharpe, sample.mean() / sample.std(ddof=1))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(1, 60), st.integers(1, 60), st.integers(0, 1_000))
 def test_resampled_sums_are_sums_of_circular_blocks(rows, block, seed):
     block = min(block, rows)

@@ -484,7 +484,7 @@ def test_broken_promises_are_seen(desk):
     assert intents.broken_books(Books(fills=frozenset({"f"})), Books(), RULES) == ["a fill was forgotten"]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.integers(0, 2**32), st.lists(st.sampled_from(["outcome", "place", "exit", "tick", "fail", "empty", "gap", "clock", "seen", "fill", "leg", "position"]), max_size=40))
 def test_no_sequence_denies_without_evidence(seed, moves):
     """Whatever happens in whatever order: doubt becomes denial only after the fence, no promise breaks, and a final status stays."""

@@ -96,7 +96,7 @@ class BreakerLife(RuleBasedStateMachine):
 
 
 TestBreakerLife = BreakerLife.TestCase
-TestBreakerLife.settings = settings(max_examples=120, stateful_step_count=30, deadline=None)
+TestBreakerLife.settings = settings(max_examples=120, stateful_step_count=30)
 
 
 def open_breaker(clock):
@@ -212,7 +212,7 @@ def test_waits_are_full_jitter_on_top_of_what_was_asked(retry, chance, asked):
 OUTCOMES = st.sampled_from(["answer", "wrong", "silent", "busy", "bug"])
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.lists(st.tuples(OUTCOMES, st.floats(0, 6), st.floats(0, 15)), min_size=4, max_size=4), min_size=1, max_size=25), st.floats(0, 1))
 def test_no_script_makes_a_question_long_or_loud(scripts, chance):
     "Whatever a service does, for many questions in a row: the limits hold and the outcome is the last try's."

@@ -57,7 +57,7 @@ def real_rows(seed):
 # inputs
 
 @given(st.lists(st.integers(0, 400), unique=True, max_size=20), st.lists(st.integers(-20, 420), min_size=1, max_size=20))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_funding_is_the_latest_known_and_never_stale(times, bars):
     times, bars = np.array(sorted(times), np.int64) * HOUR, np.array(bars) * HOUR
     rates = np.arange(len(times)) * 1e-5
@@ -70,7 +70,7 @@ def test_funding_is_the_latest_known_and_never_stale(times, bars):
 
 
 @given(st.integers(0, 10**6))
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_every_row_the_project_makes_passes_its_own_door(seed):
     _, signals, inputs = real_rows(seed)
     for row in inputs[signals.side != 0]:
@@ -103,7 +103,7 @@ def test_what_is_not_given_is_missing():
 
 
 @given(st.integers(0, 10**6))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_a_mirrored_sell_is_a_buy(seed):
     rng = np.random.default_rng(seed)
     low, high = np.array([(max(a, -5), min(b, 5) if name != "rsi" else 100) for name, (a, b, _) in BOUNDS.items()]).T
@@ -259,7 +259,7 @@ def test_calibration_recovers_a_curve_and_never_slopes_down():
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.booleans()), min_size=2, max_size=40))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_rank_skill_is_the_share_of_ordered_pairs(pairs):
     score, label = (np.array(column, float) for column in zip(*pairs))
     gaps = score[label > 0][:, None] - score[label == 0]

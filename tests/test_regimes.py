@@ -82,7 +82,7 @@ def step_by_step(model, inputs):
     return posterior
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, 10**6), st.sampled_from(["hmm", "rule"]), st.integers(0, 8_000), st.integers(0, 90))
 def test_the_filter_is_the_textbooks_and_batch_equals_window(bars, seed, kind, start, more):
     model = random_model(np.random.default_rng(seed), kind)

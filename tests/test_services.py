@@ -4,6 +4,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import shutil
 import signal
 import socket
@@ -21,6 +22,8 @@ from delta_go.learning.predictor import PREDICTOR_FEATURES, contributions, predi
 from delta_go.learning.reading import read_market
 from delta_go.learning.registry import load_models
 from delta_go.market.simulate import simulate_market
+from delta_go.serving.server import LINGER
+from tests.waiting import SOON, wait_for
 
 MODELS = Path(__file__).parents[1] / "models"
 VALUES = ("open", "high", "low", "close", "volume")
@@ -110,7 +113,7 @@ def test_signal_while_models_load(tmp_path, sent):
     """A stop is a stop and no crash; a reload is done when there is something to reload."""
     log = tmp_path / "log"
     with running("hmm-detector", code=SLOW_START, log=log, wait=False) as service:
-        assert until(lambda: "loading" in log.read_text())
+        assert wait_for(lambda: "loading" in log.read_text())
         workers = service.workers()
         service.process.send_signal(sent)
         if sent == signal.SIGTERM:
@@ -144,16 +147,6 @@ def republish(folder: Path) -> str:
     return parse_manifest(raw).version
 
 
-def until(condition, seconds: float = 15) -> bool:
-    """Wait for something to become true."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if condition():
-            return True
-        time.sleep(0.05)
-    return False
-
-
 def test_reload_under_load_drops_nothing(market, folder):
     """A new set takes over between two answers; nobody notices but the version."""
     with running("hmm-detector", models=folder) as service:
@@ -167,7 +160,7 @@ def test_reload_under_load_drops_nothing(market, folder):
                 time.sleep(0.1)
 
         crowd = under_load(service, sample(market.candles["BTCUSD"]), swap)
-        assert until(lambda: json.loads(service.get()[1])["model_version"] == after[0]) and before != after[0]
+        assert wait_for(lambda: json.loads(service.get()[1])["model_version"] == after[0]) and before != after[0]
         assert service.post(window_of(market.candles["BTCUSD"], 0))[1]["model_version"] == after[0]
     assert crowd.broken == 0 and set(crowd.statuses) == {200}
 
@@ -181,7 +174,7 @@ def test_swapped_model_is_refused(folder, file, name):
         raw[len(raw) // 2] ^= 1
         (folder / file).write_bytes(raw)
         service.process.send_signal(signal.SIGHUP)
-        assert until(lambda: json.loads(service.get()[1])["reload_refused"] is not None)
+        assert wait_for(lambda: json.loads(service.get()[1])["reload_refused"] is not None)
         told = json.loads(service.get()[1])
         assert told["model_version"] == before["model_version"] and file in told["reload_refused"]
         with running(name, models=folder) as fresh:
@@ -213,7 +206,7 @@ def test_missing_or_broken_models_are_not_guessed(folder, spoil):
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(kept, folder)
         service.process.send_signal(signal.SIGHUP)
-        assert until(lambda: service.get()[0] == 200)
+        assert wait_for(lambda: service.get()[0] == 200)
 
 
 def test_signals_of_gunicorn_make_no_second_worker_or_master(market):
@@ -222,7 +215,7 @@ def test_signals_of_gunicorn_make_no_second_worker_or_master(market):
         before = service.workers()
         for number in (signal.SIGTTIN, signal.SIGUSR2):
             service.process.send_signal(number)
-        assert not until(lambda: service.workers() != before, 2) and len(before) == 1
+        assert not wait_for(lambda: service.workers() != before, 2) and len(before) == 1
         assert service.post(window_of(market.candles["BTCUSD"], 0))[0] == 200
 
 
@@ -231,7 +224,7 @@ def test_killed_worker_is_replaced(market):
     with running("hmm-detector") as service:
         worker = service.workers()[0]
         os.kill(worker, signal.SIGKILL)
-        assert until(lambda: service.workers() not in ([], [worker]))
+        assert wait_for(lambda: service.workers() not in ([], [worker]))
         wait_ready(service)
         assert service.post(window_of(market.candles["BTCUSD"], 0))[0] == 200
 
@@ -244,7 +237,7 @@ def test_full_service_says_so(market):
         crowd = drive(service.port, sample(market.candles["BTCUSD"]), 60, 2.0)
         assert set(crowd.statuses) == {200, 503} and crowd.statuses[200] > 10
         assert crowd.broken == 0
-        assert until(lambda: service.post(window_of(market.candles["BTCUSD"], 0))[0] == 200)
+        assert wait_for(lambda: service.post(window_of(market.candles["BTCUSD"], 0))[0] == 200)
 
 
 def test_silent_and_slow_connections_do_not_stop_it(market):
@@ -264,15 +257,7 @@ def test_dripping_request_meets_its_deadline():
     """One byte at a time does not buy more time."""
     with running("hmm-detector", environ={"SERVICE_BODY_SECONDS": "1"}) as service, socket.create_connection(("127.0.0.1", service.port), timeout=10) as sock:
         sock.sendall(b"POST / HTTP/1.1\r\nHost: here\r\nContent-Type: application/json\r\nContent-Length: 5000\r\n\r\n")
-        began = time.monotonic()
-        for _ in range(200):
-            try:
-                sock.sendall(b" ")
-            except OSError:
-                break
-            time.sleep(0.05)
-            if time.monotonic() - began > 1.5:
-                break
+        assert wait_for(lambda: sock.send(b" ") and select.select([sock], [], [], 0)[0])
         assert sock.recv(12) == b"HTTP/1.1 408"
 
 
@@ -299,15 +284,15 @@ def test_what_is_no_http_is_refused_in_the_same_form():
 def test_callers_who_do_not_hang_up_delay_nobody():
     """An answer was the last one, and the caller keeps the connection open: that is the poller's affair, not the service's."""
     with running("trade-predictor") as service:
-        sockets = [socket.create_connection(("127.0.0.1", service.port), timeout=10) for _ in range(10)]
+        sockets = [socket.create_connection(("127.0.0.1", service.port), timeout=SOON) for _ in range(30)]
         for sock in sockets:
             sock.sendall(b"GET /health/live HTTP/1.1\r\nHost: here\r\nConnection: close\r\n\r\n")
         began = time.monotonic()
-        assert [sock.recv(12) for sock in sockets] == [b"HTTP/1.1 200"] * 10 and service.get()[0] == 200
-        assert time.monotonic() - began < 1.5
+        assert [sock.recv(12) for sock in sockets] == [b"HTTP/1.1 200"] * 30 and service.get()[0] == 200
+        assert time.monotonic() - began < 15 * LINGER, "one waited out after the other would be 30"
         worker = service.workers()[0]
         open_files = len(os.listdir(f"/proc/{worker}/fd"))
-        assert until(lambda: len(os.listdir(f"/proc/{worker}/fd")) <= open_files - 10, 8)
+        assert wait_for(lambda: len(os.listdir(f"/proc/{worker}/fd")) <= open_files - 30)
         for sock in sockets:
             sock.close()
 
@@ -325,7 +310,7 @@ def test_callers_who_never_read_hold_no_thread():
                 sock.sendall(b"GET /openapi.json HTTP/1.1\r\n\r\n" * 1_500)
             sockets.append(sock)
         time.sleep(2)
-        assert until(lambda: service.get()[0] == 200)
+        assert wait_for(lambda: service.get()[0] == 200)
         for sock in sockets:
             sock.close()
 
@@ -345,7 +330,7 @@ def test_what_never_reaches_the_app_is_counted(market):
     """An overload and broken requests show in the metrics as well."""
     with running("hmm-detector", environ={"SERVICE_THREADS": "1", "SERVICE_QUEUE": "1"}) as service:
         crowd = drive(service.port, sample(market.candles["BTCUSD"]), 30, 1.0)
-        assert until(lambda: service.get()[0] == 200)
+        assert wait_for(lambda: service.get()[0] == 200)
         assert talk(service.port, b"nonsense\r\n\r\n")[0] == 400
         numbers = dict(line.rsplit(" ", 1) for line in service.get("/metrics")[1].decode().splitlines() if not line.startswith("#"))
     assert float(numbers['delta_go_refused_total{code="busy"}']) >= crowd.statuses[503] > 0

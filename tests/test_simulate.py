@@ -49,7 +49,7 @@ def long_gains(market, symbol):
 
 # ---- shape of the data
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(bars=st.integers(1, 700), step=st.sampled_from((300, 900, 1800, 3600, 14_400)), seed=st.integers(0, 2**63), offset=st.integers(0, 50))
 def test_any_market_has_good_bars_on_the_grid(bars, step, seed, offset):
     market = simulate_market(bars=bars, step=step, start=1_672_531_200 + offset * step, seed=seed)

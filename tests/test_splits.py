@@ -18,7 +18,7 @@ def spans(draw, least=8, most=60):
 
 
 @given(spans(), st.integers(1, 6), st.integers(0, 60), st.none() | st.integers(1, 300))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_no_training_label_reaches_the_test(pair, count, embargo, memory):
     start, end = pair
     for fold in walk_forward(start, end, label_edges(start, count), embargo, memory):
@@ -31,7 +31,7 @@ def test_no_training_label_reaches_the_test(pair, count, embargo, memory):
 
 
 @given(spans(), st.integers(0, 60))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_every_clean_label_is_trained_on_and_every_late_one_tested(pair, embargo):
     start, end = pair
     edges = label_edges(start, 4)
@@ -43,7 +43,7 @@ def test_every_clean_label_is_trained_on_and_every_late_one_tested(pair, embargo
 
 
 @given(spans(), st.randoms())
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_order_of_labels_does_not_matter(pair, random):
     start, end = pair
     order = np.array(random.sample(range(len(start)), len(start)))
@@ -54,7 +54,7 @@ def test_order_of_labels_does_not_matter(pair, random):
 
 
 @given(spans())
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_uniqueness_is_its_definition(pair):
     start, end = pair
     clock = np.arange(600)
@@ -64,7 +64,7 @@ def test_uniqueness_is_its_definition(pair):
 
 
 @given(spans(), st.integers(1, 10**9), st.integers(1, 3600))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_uniqueness_forgets_the_calendar(pair, shift, scale):
     start, end = pair
     np.testing.assert_allclose(
@@ -72,7 +72,7 @@ def test_uniqueness_forgets_the_calendar(pair, shift, scale):
 
 
 @given(spans())
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_groups_are_strangers(pair):
     start, end = pair
     twice = average_uniqueness(np.tile(start, 2), np.tile(end, 2), np.repeat(["BTCUSD", "ETHUSD"], len(start)))
@@ -88,7 +88,7 @@ def test_folds_by_labels_are_balanced():
 
 
 @given(st.integers(0, 10**9), st.integers(100, 10**8), st.integers(1, 12))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_calendar_edges_end_where_the_data_ends(first, length, folds):
     edges = calendar_edges(first, first + length, folds)
     assert len(edges) == folds + 1 and edges[0] > first and edges[-1] == first + length

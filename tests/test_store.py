@@ -122,7 +122,7 @@ def test_gaps_are_stored_and_refused_on_request(tmp_path):
         read_candles(tmp_path, "BTCUSD", "1h", allow_gaps=False)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(st.integers(0, 59), st.integers(1, 20)), min_size=1, max_size=6))
 def test_merging_pages_in_any_order_is_a_union(pages):
     bars = make_candles(80)

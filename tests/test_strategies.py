@@ -72,7 +72,7 @@ def test_a_setup_does_not_fire_twice_running(many):
 
 
 @given(st.integers(0, 10**6), st.integers(0, 150))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_one_window_gives_the_bits_of_the_batch(seed, back):
     candles = walk(seed, 400)
     features = compute_features(candles)
@@ -85,7 +85,7 @@ def test_one_window_gives_the_bits_of_the_batch(seed, back):
 
 
 @given(st.integers(0, 10**6), st.sampled_from(FEATURES))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_a_missing_feature_never_adds_a_signal(seed, name):
     features = compute_features(walk(seed, 400))
     regimes = view(beliefs(seed, len(features)))

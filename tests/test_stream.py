@@ -46,6 +46,7 @@ from delta_go.trading.news import (
     PriceSeen,
     StatusSeen,
 )
+from tests.waiting import SOON, wait_for
 
 KEY, SECRET = "key-7f3a0191c2", "secret-5d1e77a04bb9"
 NOW_US = 1_790_000_000_000_000
@@ -56,7 +57,7 @@ ORDER = {"type": "orders", "action": "update", "reason": "fill", "order_id": 900
 
 # ---- numberings ---------------------------------------------------------------------------------------------------------------
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.integers(3, 25), st.randoms(use_true_random=False))
 def test_every_lost_number_is_noticed_and_no_fill_is_dropped(count, chance):
     arriving = [number for number in range(1, count) if chance.random() > .1] + [count]
@@ -130,7 +131,7 @@ def test_the_sheets_checksums():
     assert deep.checksum() == 777864882
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.lists(st.tuples(st.booleans(), st.integers(90, 110), st.integers(0, 3)), max_size=5), min_size=1, max_size=20), st.integers(0, 19), st.sampled_from(["none", "lose", "spoil", "double"]))
 def test_a_book_is_right_or_not_told(updates, where, fault):
     model, books, told = {True: {}, False: {}}, Books(), []
@@ -171,7 +172,7 @@ def candle(time, close=5.0, symbol="BTCUSD"):
     return CandleClosed(symbol, 60, time, 5.0, 6.0, 4.0, close, 1.0)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.tuples(st.integers(0, 8), st.integers(0, 40), st.booleans()), max_size=40))
 def test_each_bar_is_told_once_in_order_and_over(events):
     bars, now, told = Bars(60), 0, []
@@ -227,7 +228,7 @@ MESSAGES = [TRADE, ORDER, {"type": "ticker", "ts": 1, "d": [{"s": "BTCUSD", "m":
             {"type": "ob_updates", "action": "snapshot", "sy": "BTCUSD", "ts": 1, "seq": 5, "a": [["2", "1"]], "b": [], "cs": 1}, {"type": "system_status", "status": "live"}]
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(st.sampled_from(MESSAGES).flatmap(lambda message: st.tuples(st.just(message), st.sampled_from(list(message)))), JSON)
 def test_no_message_breaks_the_feed(where, value):
     message, name = where
@@ -241,7 +242,7 @@ def test_no_message_breaks_the_feed(where, value):
 
 # ---- the line -----------------------------------------------------------------------------------------------------------------
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.booleans(), st.lists(st.tuples(st.sampled_from(["tick", "tick", "tick", "opened", "login", "subscribed", "heartbeat", "pong", "lost", "too_often"]), st.floats(0, 40), st.floats(0, 1)), max_size=200))
 def test_the_line_keeps_its_promises(private, happenings):
     line, now, connects, told = Line(private), 0.0, [], []
@@ -322,7 +323,7 @@ class Theatre:
 
     def read(self, connection, count=1):
         for _ in range(count):
-            self.heard.append(json.loads(connection.recv(timeout=3)))
+            self.heard.append(json.loads(connection.recv(timeout=SOON)))
         return self.heard[-1]
 
 
@@ -360,7 +361,7 @@ def listen():
         theatre.server.shutdown()
 
 
-def take(events, count, timeout=6):
+def take(events, count, timeout=SOON):
     return [events.get(timeout=timeout) for _ in range(count)]
 
 
@@ -376,12 +377,13 @@ def test_login_with_exchange_time_then_subscriptions(listen):
         say(connection, {"type": "subscriptions", "channels": [{"name": "orders", "symbols": ["BTCUSD"]}]}, TRADE, ORDER)
         idle(theatre, connection)
     theatre = Theatre(scene)
+    began = time.time()
     events, _ = listen(theatre)
     live, fill, order = take(events, 3)
     assert live == Live("private") and fill.fill.client_order_id == order.order.client_order_id == "dg-17"
     first, second, third = theatre.heard[:3]
     at = second["payload"]["timestamp"]
-    assert first == {"type": "enable_heartbeat"} and second["payload"]["signature"] == sign(SECRET, "GET", at, "/live") and abs(at - time.time() - 10) < 3
+    assert first == {"type": "enable_heartbeat"} and second["payload"]["signature"] == sign(SECRET, "GET", at, "/live") and began + 9 <= at <= time.time() + 10
     assert [entry["name"] for entry in third["payload"]["channels"]] == ["orders", "positions", "v2/user_trades"]
 
 
@@ -468,10 +470,10 @@ def test_nobody_there_and_no_time_are_gaps(listen):
     theatre = Theatre()
     theatre.url, url = f"ws://127.0.0.1:{port}", theatre.url
     events, _ = listen(theatre)
-    assert events.get(timeout=3).reason.startswith("connection lost (ConnectionRefused")
+    assert events.get(timeout=SOON).reason.startswith("connection lost (ConnectionRefused")
     theatre.url = url
     events, _ = listen(theatre, exchange_now=lambda: None)
-    assert events.get(timeout=3) == Gap("private", "the exchange's time is not known")
+    assert events.get(timeout=SOON) == Gap("private", "the exchange's time is not known")
 
 
 def test_a_refusal_for_haste_waits_minutes(listen):
@@ -527,10 +529,7 @@ def test_old_prices_are_dropped_when_nobody_reads_and_nothing_else_is(monkeypatc
         say(connection, *({"type": "mark_price", "sy": "MARK:BTCUSD", "p": "1", "ts": 1} for _ in range(50)), {"type": "system_status", "status": "maintenance"})
         idle(theatre, connection)
     events, _ = listen(Theatre(scene), house="public")
-    deadline = time.monotonic() + 3
-    while StatusSeen(None, "maintenance") not in events.queue and time.monotonic() < deadline:
-        time.sleep(.01)
-    assert events.qsize() < 10 and StatusSeen(None, "maintenance") in events.queue
+    assert wait_for(lambda: StatusSeen(None, "maintenance") in events.queue) and events.qsize() < 10
 
 
 @pytest.mark.parametrize("change, words", [(dict(url="https://x"), "wss://"), (dict(house="private"), "expected a key"), (dict(resolution="7d"), "resolution")])

@@ -23,7 +23,7 @@ def fit(seed, depth=3, rounds=30, inputs=6, rows=600, **extra):
 
 
 @given(st.integers(0, 10**6), st.integers(1, 5), st.integers(0, 25), st.sampled_from([0.6, 1.0]))
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 def test_margins_equal_xgboost_to_the_last_bit(seed, depth, rounds, share):
     booster, raw, x = fit(seed, depth, rounds, subsample=share, colsample_bytree=share)
     theirs = booster.inplace_predict(x, predict_type="margin")
@@ -33,7 +33,7 @@ def test_margins_equal_xgboost_to_the_last_bit(seed, depth, rounds, share):
 
 
 @given(st.integers(0, 10**6), st.integers(1, 5), st.integers(0, 25))
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 def test_contributions_equal_xgboost_and_sum_to_the_margin(seed, depth, rounds):
     booster, raw, x = fit(seed, depth, rounds)
     ours = explain_margin(raw, x[:200])

@@ -53,7 +53,7 @@ def test_families_are_counted_apart(book):
     assert trials.count_trials(trials.read_trials(book), "other") == trials.TrialCount(1, 0.0)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.data())
 def test_any_change_to_the_lines_is_noticed(tmp_path_factory, data):
     path = tmp_path_factory.mktemp("book") / "trials.jsonl"
@@ -139,7 +139,7 @@ def test_writers_do_not_lose_each_other(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["trials.jsonl", "trials.jsonl.head"]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.dictionaries(st.text(max_size=5) | st.integers(), st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=5)
                        | st.lists(st.integers() | st.none(), max_size=3), max_size=4))
 def test_any_plain_configuration_survives_the_book(tmp_path_factory, config):

@@ -137,7 +137,7 @@ def test_mistakes_are_one_clear_line(wrong, words):
 prices = st.floats(50_000.0, 70_000.0)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.sampled_from([1, -1]), prices, prices, prices, prices, prices, prices, st.sampled_from([2.0, 20.0, 10_000.0]), st.sampled_from([0.0, 0.0005, 0.001]))
 def test_compiled_rules_give_the_same_bits(side, stop, target, open_, other, liquidation, bankruptcy, grid, slippage):
     bar = (open_, max(open_, other), min(open_, other))

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -60,16 +59,6 @@ def start(told: dict[str, str], log: Path, *words: str) -> subprocess.Popen[byte
     """A bot as a process of its own."""
     with log.open("ab") as file:
         return subprocess.Popen([sys.executable, "-c", "from delta_go.cli import main; main()", "bot", *words], env=told, stdout=file, stderr=subprocess.STDOUT)
-
-
-def wait_for(truth, seconds: float, every: float = 0.05) -> bool:
-    """Whether something became true in time."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if truth():
-            return True
-        time.sleep(every)
-    return False
 
 
 def state_in(folder: Path) -> str:

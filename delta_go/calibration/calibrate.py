@@ -13,7 +13,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
@@ -138,11 +138,12 @@ class Setup:
     limits: Thresholds
     data: str                   # folder of candles to break; empty for simulated ones
     settings: dict[str, Any]    # all of it as plain values, from `rate_settings`
+    fingerprints: Mapping[str, str] = field(default_factory=dict)  # of the candles to break, by file
 
     @property
     def digest(self) -> str:
         "Twelve letters that change with any setting."
-        return settings_digest({"settings": self.settings, "broken": sorted(load_market(self.data).fingerprints.items()) if self.data else []})
+        return settings_digest({"settings": self.settings, "broken": sorted(self.fingerprints.items())})
 
 def setup_from(
     data: str = "",
@@ -151,10 +152,11 @@ def setup_from(
 ) -> Setup:
     "The settings of a real walk-forward."
     account, usual, candles = account or load_settings(), WalkSettings(), make_market(Case("simulated", 0.0, 0, 2)).candles
-    if data and (found := sorted(load_market(data).candles)) != sorted(candles):
-        raise InputError(f"{data}: expected candles of {', '.join(sorted(candles))}, as the simulated markets have, got {', '.join(found)}; the rates are of all of them together")
+    broken = load_market(data) if data else None
+    if broken and sorted(broken.candles) != sorted(candles):
+        raise InputError(f"{data}: expected candles of {', '.join(sorted(candles))}, as the simulated markets have, got {', '.join(sorted(broken.candles))}; the rates are of all of them together")
     walk = replace(usual, train=replace(usual.train, costs=costs_from(account)), limits=limits_from(account), starting_equity=account.starting_equity)
-    return Setup(walk, limits, data, rate_settings(walk, limits, candles))
+    return Setup(walk, limits, data, rate_settings(walk, limits, candles), broken.fingerprints if broken else {})
 
 # %% ../../nbs/calibration/595_calibrate.ipynb #2db88898
 LONG_BARS = 35_040  # four years of hours

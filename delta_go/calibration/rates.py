@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Record', 'FAIR', 'Rate', 'rate_of', 'grouped', 'nulls_in', 'planted_in', 'false_approvals', 'pooled_net',
            'power_curve', 'edge_found', 'power_by_history', 'rates_by_history', 'refusals', 'falls_at', 'fair_in',
-           'check_statistics', 'regime_rows', 'pooled_bins', 'series_of', 'summarise', 'list_nulls', 'list_power',
+           'check_statistics', 'regime_rows', 'pooled_bins', 'main_series', 'summarise', 'list_nulls', 'list_power',
            'list_refusals', 'list_falls', 'list_statistics', 'list_settings']
 
 # %% ../../nbs/calibration/593_rates.ipynb #2978ff45
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import binomtest, kstest
 
-from .case import BESIDE, NO_EDGE
+from .case import BESIDE, FLAT, NO_EDGE
 from ..domain import InputError
 from ..evidence.report import Table, make_table, number, percent
 from ..evidence.verdict import MONTH
@@ -53,10 +53,9 @@ def grouped(
 ) -> dict[tuple[str, float, int], list[Record]]:  # by kind, planted size and bars
     "Records that repeat the same question: nulls first, then the edges by kind and size."
     groups: dict[tuple[str, float, int], list[Record]] = {}
-    flat = (*NO_EDGE, *BESIDE)
     def place(record: Record) -> tuple:
         kind = record["case"]["kind"]
-        return (kind not in flat, flat.index(kind) if kind in flat else kind, record["case"]["size"], record["case"]["bars"], record["case"]["seed"])
+        return (kind not in FLAT, FLAT.index(kind) if kind in FLAT else kind, record["case"]["size"], record["case"]["bars"], record["case"]["seed"])
     for record in sorted(records, key=place):
         groups.setdefault((record["case"]["kind"], record["case"]["size"], record["case"]["bars"]), []).append(record)
     return groups
@@ -232,20 +231,20 @@ def pooled_bins(
     return [(int(count), float(total / count), float(won / count)) for count, total, won in sums if count]
 
 # %% ../../nbs/calibration/593_rates.ipynb #3f1f6be3
-def series_of(
+def main_series(
     records: Iterable[Record],
-) -> tuple[list[Record], list[Record]]:  # the main series, and longer markets
-    "The two series of a calibration: the shortest markets, and all others."
+) -> list[Record]:
+    "The shortest markets, which all but the questions about history are answered from."
     every = list(records)
     shortest = min((record["case"]["bars"] for record in every), default=0)
-    return [record for record in every if record["case"]["bars"] == shortest], [record for record in every if record["case"]["bars"] > shortest]
+    return [record for record in every if record["case"]["bars"] == shortest]
 
 def summarise(
     records: Sequence[Record],
     settings: Mapping[str, Any],  # plain values: all that the rates depend on
 ) -> dict[str, Any]:
     "The summary of a calibration, ready for JSON."
-    main, _ = series_of(records)
+    main = main_series(records)
     wrong, nulls = false_approvals(main), nulls_in(main)
     seeds = {f"{kind}:{size:g}:{bars}": [group[0]["case"]["seed"], group[-1]["case"]["seed"]] for (kind, size, bars), group in grouped(records).items()}
     return {"days": main[0]["days"], "null_markets": wrong["all"].markets, "false_approval_rate": round(wrong["all"].share, 4), "false_approval_ci95": [round(wrong["all"].low, 4), round(wrong["all"].high, 4)],
