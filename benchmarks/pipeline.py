@@ -4,14 +4,17 @@ from __future__ import annotations
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import numpy as np
 from threadpoolctl import threadpool_limits
 
 from benchmarks.timing import best_seconds, print_ratios
 from delta_go.calibration.case import Case, make_market
+from delta_go.evidence.metrics import sharpe_ci95
 from delta_go.evidence.verdict import weigh
 from delta_go.evidence.walk_forward import WalkSettings, play_fold, trade_folds, walk_forward
 from delta_go.learning.training import TrainSettings, collect_examples, fit_all_regimes, read_all
 from delta_go.learning.predictor_fit import fit_predictor
+from delta_go.market.simulate import simulate_market
 
 YEAR = 8_760
 
@@ -40,6 +43,10 @@ def main() -> None:
         parts = best_seconds({"regimes fitted": lambda: fit_all_regimes(past, train), "read": lambda: read_all(past, regimes, payments, train),
                               "predictor fitted": lambda: fit_predictor(examples), "traded, all variants": lambda: trade_folds(market.candles, payments, [fold], settings)}, rounds=3)
         print_ratios("a fold with a year and a half of past", parts, "read")
+
+        daily = np.random.default_rng(0).normal(0.001, 0.02, 1_800)
+        around = best_seconds({"two years of a market simulated": lambda: simulate_market(seed=7), "interval of a Sharpe ratio": lambda: sharpe_ci95(daily)}, rounds=3)
+        print_ratios("around it", around, "interval of a Sharpe ratio", target="target: the market in under a second")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """The simulated market keeps its promises: fair without an edge, as large as stated with one, and always the same."""
 import json
-from time import perf_counter
 
 import numpy as np
 import pytest
@@ -269,11 +268,3 @@ def test_a_written_market_reads_back(tmp_path, market):
     assert json.loads((tmp_path / "data" / "simulated.json").read_text())["edge"] is None
     with pytest.raises(InputError, match="no true regimes of BTCUSD at 5m"):
         read_regimes(tmp_path / "data", "BTCUSD", "5m")
-
-
-def test_two_years_of_three_symbols_in_under_a_second(market):
-    def seconds(seed):
-        began = perf_counter()
-        simulate_market(seed=seed)
-        return perf_counter() - began
-    assert min(seconds(seed) for seed in range(3)) < 1
