@@ -35,6 +35,7 @@ from delta_go.model_file import digest
 from delta_go.ops import promote as room
 from delta_go.ops.verify import approval_faults
 from delta_go.ops.promote import Card, Case, Rules, examine, open_case, promote, unapproved
+from tests.whole import minute_models
 
 ROOT = Path(__file__).parents[1]
 SYMBOLS = ("BTCUSD", "ETHUSD", "SOLUSD")
@@ -133,6 +134,20 @@ def test_an_honest_candidate_is_approved_and_can_be_taken_back(world, champion):
     assert again.outcome == "equal" and "already" in again.words and kept(champion) == now and (folder / f"{card.candidate}.json").read_bytes() == raw
     assert rollback(champion).version == loaded.approval["replaces"] and read_set(champion) == before
     assert rollback(champion).approval == loaded.approval
+
+
+def test_what_the_champion_trades_is_not_dropped_by_a_promotion(world, champion, tmp_path):
+    """Fewer symbols or another resolution would leave positions that no model looks after."""
+    fewer = shutil.copytree(world.home / "new" / "models", tmp_path / "fewer")
+    manifest = parse_manifest((fewer / MANIFEST_FILE).read_bytes())
+    (fewer / MANIFEST_FILE).write_bytes(manifest_bytes(replace(manifest, files={name: entry for name, entry in manifest.files.items() if "SOLUSD" not in name})))
+    before = kept(champion)
+    with pytest.raises(InputError, match="expected models of BTCUSD, ETHUSD, SOLUSD as the champion has, got none of SOLUSD; .*empty folder"):
+        world.case(fewer, champion)
+    with pytest.raises(InputError, match="expected 1m candles as the champion reads, got 1h"):
+        world.case(world.home / "new", minute_models(tmp_path / "minutes"))
+    assert kept(champion) == before
+    assert world.case(world.home / "new", fewer).candidate.manifest.symbols == SYMBOLS, "more symbols are welcome"
 
 
 @pytest.fixture(scope="module")
