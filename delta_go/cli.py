@@ -165,12 +165,14 @@ def calibrate_gate(
     long: Annotated[int, typer.Option(help="Four-year markets, judged after every fold, without an edge and with the middle one.")] = 40,
     beside: Annotated[int, typer.Option(help="Markets on which trading is free, and as many with shuffled outcomes; counted apart.")] = 40,
     data: Annotated[str, typer.Option(help="Folder of candle files to break; simulated ones by default.")] = "",
+    looked_before: Annotated[int, typer.Option(help="Earlier looks that the gate counts in each market, as in a run on candles somebody has looked at.")] = 0,
     seed: Annotated[int, typer.Option(help="First seed; other seeds are other markets.")] = 0, jobs: Jobs = -1,
     backend: Annotated[str, typer.Option(help="How markets are spread: loky or dask.")] = "loky",
 ) -> None:
     "How often the gate approves a market without an edge, and how small an edge it finds; goes on where it stopped."
     from delta_go.calibration import calibrate
-    summary = calibrate.calibrate_gate(out, nulls, split_words(edges), markets, long, beside, data, seed, jobs=jobs, backend=backend)
+    setup = calibrate.setup_from(data, looked_before=looked_before)
+    summary = calibrate.calibrate_gate(out, nulls, split_words(edges), markets, long, beside, data, seed, jobs=jobs, backend=backend, setup=setup)
     typer.echo(f"\n{summary['headline']}\nreport:  {out / 'reports' / 'calibrate_gate' / 'report.html'}")
 
 # %% ../nbs/98_cli.ipynb #6da549ee

@@ -262,6 +262,19 @@ def small_setup():
     return Setup(SMALL, usual.limits, "", {**usual.settings, "first_train_days": 130})
 
 
+def test_earlier_looks_make_the_gate_stricter_and_nothing_else(tmp_path):
+    case, limits = Case("drift", 300.0, 5, BARS), small_setup().limits
+    plain, after = (run_case(case, SMALL, limits, looked_before=looks) for looks in (0, 60))
+    assert after["evidence"]["trials"] == plain["evidence"]["trials"] + 60 and after["evidence"]["deflated_sharpe"] < plain["evidence"]["deflated_sharpe"]
+    same = {name for name in plain if name not in ("seconds", "evidence", "failed", "approved", "history")}
+    assert {name: plain[name] for name in same} == {name: after[name] for name in same}
+    assert setup_from(looked_before=60).digest != setup_from().digest
+    [record] = run_cases([case], tmp_path / "cases.jsonl", SMALL, limits, looked_before=60, jobs=1)
+    assert record["evidence"] == after["evidence"]
+    with pytest.raises(InputError, match="expected 0 or more looks, got -1"):
+        setup_from(looked_before=-1)
+
+
 def test_a_tiny_calibration_from_cases_to_the_page(tmp_path):
     summary = calibrate_gate(tmp_path, 5, ["drift:300"], 1, long_markets=0, beside=2, bars=BARS, jobs=1, setup=small_setup(), progress=lambda *step: None)
     assert summary["null_markets"] == 5 and 0 <= summary["false_approval_rate"] <= 1 and len(summary["power"]) == 1
@@ -303,6 +316,8 @@ def test_the_sentence_says_what_differs():
     told = quote_rates(measured, setup.settings, 730)
     assert "approved 3.0% (at most 6.4%)" in told and "18 bp a trade (drift) it finds 83% of the time (at least 74%, 100 markets)" in told and "other settings" not in told
     assert "60 earlier looks at these candles make this gate stricter" in quote_rates(measured, {**setup.settings, "looked_before": 60}, 730)
+    after = quote_rates({**measured, "settings": setup_from(looked_before=60).settings}, setup.settings, 730)
+    assert after.startswith("On 200 markets without an edge, 24 months each and 60 earlier looks, this gate approved") and "Here no earlier looks are counted: this gate is less strict" in after
     cheap = setup_from(account=load_settings(None, taker_fee=0.0001, risk_per_trade_pct=1.0, starting_equity=5_000, max_position_pct=50, daily_loss_limit_pct=3))
     assert "here train.costs.taker_fee 0.0001 instead of 0.0005, " in quote_rates(measured, cheap.settings, 730)   # what the limits lean on comes first
     assert "This record has 64 months" in quote_rates(measured, setup.settings, 1_941)

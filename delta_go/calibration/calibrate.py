@@ -105,8 +105,8 @@ def _appending(path: Path) -> Iterator[Callable[[Record], None]]:
 # %% ../../nbs/calibration/595_calibrate.ipynb #89277f7e
 Told = Callable[[int, int, Record], None]  # called with done, total, the newest record
 
-def _work(case: Case, settings: WalkSettings, limits: Thresholds, data: str, digest: str) -> Record:
-    return {"key": line_key(case, digest), **run_case(case, settings, limits, data)}
+def _work(case: Case, settings: WalkSettings, limits: Thresholds, data: str, looked_before: int, digest: str) -> Record:
+    return {"key": line_key(case, digest), **run_case(case, settings, limits, data, looked_before)}
 
 def run_cases(
     cases: Sequence[Case],
@@ -114,6 +114,7 @@ def run_cases(
     settings: WalkSettings = WalkSettings(),
     limits: Thresholds = Thresholds(),
     data: str = "",            # folder of candles to break; empty for simulated ones
+    looked_before: int = 0,    # looks that the gate is to count besides a case's own
     digest: str = "",          # of all settings
     jobs: int = -1,            # processes, -1 for one per core
     backend: str = "loky",     # loky or dask
@@ -123,7 +124,7 @@ def run_cases(
     known = read_records(path)
     left = [case for case in cases if line_key(case, digest) not in known]
     with _appending(path) as append:
-        for done, record in enumerate(stream(_work, [(case, settings, limits, data, digest) for case in left], jobs, backend, ordered=False), 1):
+        for done, record in enumerate(stream(_work, [(case, settings, limits, data, looked_before, digest) for case in left], jobs, backend, ordered=False), 1):
             append(record)
             known[record["key"]] = record
             if progress:
@@ -149,14 +150,17 @@ def setup_from(
     data: str = "",
     account: Settings | None = None,  # costs and limits; the environment's by default
     limits: Thresholds = Thresholds(),
+    looked_before: int = 0,
 ) -> Setup:
-    "The settings of a real walk-forward."
+    "The settings of a real walk-forward; InputError for candles of other symbols, or a number of looks below 0."
+    if looked_before < 0:
+        raise InputError(f"looked_before: expected 0 or more looks, got {looked_before}")
     account, usual, candles = account or load_settings(), WalkSettings(), make_market(Case("simulated", 0.0, 0, 2)).candles
     broken = load_market(data) if data else None
     if broken and sorted(broken.candles) != sorted(candles):
         raise InputError(f"{data}: expected candles of {', '.join(sorted(candles))}, as the simulated markets have, got {', '.join(sorted(broken.candles))}; the rates are of all of them together")
     walk = replace(usual, train=replace(usual.train, costs=costs_from(account)), limits=limits_from(account), starting_equity=account.starting_equity)
-    return Setup(walk, limits, data, rate_settings(walk, limits, candles), broken.fingerprints if broken else {})
+    return Setup(walk, limits, data, rate_settings(walk, limits, candles, looked_before), broken.fingerprints if broken else {})
 
 # %% ../../nbs/calibration/595_calibrate.ipynb #2db88898
 LONG_BARS = 35_040  # four years of hours
@@ -190,7 +194,7 @@ def calibrate_gate(
     bars: int = 17_520,
     jobs: int = -1,
     backend: str = "loky",
-    setup: Setup | None = None,           # the environment's by default
+    setup: Setup | None = None,           # from `setup_from`; the environment's by default
     progress: Told | None = None,         # None for a bar on the terminal
 ) -> dict[str, Any]:                      # summary.json
     "Run what is missing, and write the report."
@@ -201,7 +205,7 @@ def calibrate_gate(
     longer = plan_cases(long_markets * len(NO_EDGE), middle, long_markets, LONG_BARS, first_seed)
     cases = [*plan_cases(nulls, edges, markets, bars, first_seed, beside), *(case for case in longer if case.kind == "simulated" or case.planted)]
     with (show_cases() if progress is None else nullcontext(progress)) as tell:
-        run_cases(cases, folder / "cases.jsonl", setup.walk, setup.limits, setup.data, setup.digest, jobs, backend, tell)
+        run_cases(cases, folder / "cases.jsonl", setup.walk, setup.limits, setup.data, setup.settings["looked_before"], setup.digest, jobs, backend, tell)
     write_json(folder / "setup.json", {"digest": setup.digest, "settings": setup.settings, "candles": "files" if setup.data else "simulated", "first_seed": first_seed})
     run_workflow("calibrate_gate", {}, out)
     return read_summary(out, "calibrate_gate")

@@ -213,11 +213,12 @@ def judge_prefix(
     walk: WalkForward,
     market: LoadedMarket,
     limits: gate.Thresholds,
+    looked_before: int = 0,
 ) -> dict[str, Any]:
     "The verdict on a walk, and how many days of candles it took."
     first = min(int(bars.time[0]) for bars in market.candles.values())
     with TemporaryDirectory() as folder:
-        weighed = weigh(walk, market.candles, Path(folder, "trials.jsonl"), f"{case.kind} {case.seed}", limits=limits, seed=case.seed)
+        weighed = weigh(walk, market.candles, Path(folder, "trials.jsonl"), f"{case.kind} {case.seed}", limits=limits, looked_before=looked_before, seed=case.seed)
     failed = [name for name, check in zip(CHECKS, gate.list_checks(weighed.evidence, limits)) if not check.passed]
     return {"days": round((walk.folds[-1].end - first) / DAY), "approved": weighed.verdict.trade, "evidence": asdict(weighed.evidence), "failed": failed if weighed.evidence.trades else ["abstained"]}
 
@@ -227,6 +228,7 @@ def run_case(
     settings: WalkSettings = WalkSettings(),
     limits: gate.Thresholds = gate.Thresholds(),
     data: str = "",        # folder of candles to break; empty for simulated ones
+    looked_before: int = 0,  # looks that the gate is to count besides the case's own
 ) -> dict[str, Any]:       # plain values
     "Make the market, run the pipeline, keep what it said."
     began, market = perf_counter(), make_market(case, data)
@@ -236,7 +238,7 @@ def run_case(
     with threadpool_limits(1):
         walk = walk_forward(market.candles, payments, settings, case.seed, fit=fit_shuffled if case.kind == "shuffled" else fit_models)
         shorter = [trade_folds(market.candles, payments, walk.folds[:end], settings) for end in range(1, len(walk.folds))]
-        history = [judge_prefix(case, part, market, limits) for part in (*shorter, walk)]
+        history = [judge_prefix(case, part, market, limits, looked_before) for part in (*shorter, walk)]
         seen, won = walk.scored.probability, walk.scored.net_return > 0
         record = {"case": asdict(case), **history[-1], "history": [[part["days"], part["approved"]] for part in history], "edge": measure_edge(case, walk, market),
                   "fair": fair_statistics(walk, market, case.seed), "regimes": regime_accuracy(walk.folds, market), "falls": falls_by_risk(walk), "bins": probability_bins(seen, won),

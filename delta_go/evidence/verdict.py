@@ -111,13 +111,15 @@ def quote_rates(
     "Both error rates in a sentence, with what they do not cover."
     if rates is None:
         return "How often this gate is wrong has not been measured."
-    near, looks = nearest_rates(rates, days), settings["looked_before"]
+    near, looks, counted = nearest_rates(rates, days), settings["looked_before"], rates["settings"]["looked_before"]
     others = sorted(differing({**settings, "looked_before": 0}, {**rates["settings"], "looked_before": 0}), key=lambda words: [not words.startswith(part) for part in LEANS_ON])
-    told = [f"On {near['null_markets']} markets without an edge, {near['days'] / MONTH:.0f} months each, this gate approved {near['false_approval_rate']:.1%} "
+    told = [f"On {near['null_markets']} markets without an edge, {near['days'] / MONTH:.0f} months each{f' and {counted} earlier looks' if counted else ''}, this gate approved {near['false_approval_rate']:.1%} "
             f"(at most {near['false_approval_ci95'][1]:.1%}); {_edge_words(near['power'])}."]
     if abs(math.log(near["days"] / days)) > 0.15:
         told.append(f"This record has {days / MONTH:.0f} months.")
-    if looks > rates["settings"]["looked_before"]:
+    if looks < counted:
+        told.append(f"Here {looks or 'no'} earlier looks are counted: this gate is less strict, it approves more markets, with and without an edge.")
+    if looks > counted:
         told.append(f"{looks} earlier looks at these candles make this gate stricter: it approves fewer markets, with and without an edge.")
     if others:
         told.append(f"Measured with other settings: here {', '.join(others[:4])}{' and more' if len(others) > 4 else ''}.")
