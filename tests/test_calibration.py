@@ -23,7 +23,7 @@ from delta_go.config import load_settings
 from delta_go.domain import InputError
 from delta_go.evidence import gate, metrics
 from delta_go.evidence.trials import TrialCount
-from delta_go.evidence.verdict import differing, quote_rates
+from delta_go.evidence.verdict import LOOKED, differing, quote_rates
 from delta_go.evidence.walk_forward import WalkSettings, past_of, trade_folds, walk_forward
 from delta_go.learning.training import TrainSettings
 from delta_go.market.candles import check_candles
@@ -318,6 +318,9 @@ def test_the_sentence_says_what_differs():
     assert "60 earlier looks at these candles make this gate stricter" in quote_rates(measured, {**setup.settings, "looked_before": 60}, 730)
     after = quote_rates({**measured, "settings": setup_from(looked_before=60).settings}, setup.settings, 730)
     assert after.startswith("On 200 markets without an edge, 24 months each and 60 earlier looks, this gate approved") and "Here no earlier looks are counted: this gate is less strict" in after
+    strict = {**measured, "settings": setup_from(looked_before=60).settings, "power": [{**measured["power"][1], "power": 0.6, "ci95": [0.5, 0.7]}]}
+    assert quote_rates(measured, {**setup.settings, "looked_before": 70}, 730, strict).endswith("With 60 of them, over 24 months, an edge of 18 bp a trade (drift) it finds 60% of the time (at least 50%, 100 markets).")
+    assert all("of them" not in quote_rates(measured, {**setup.settings, "looked_before": looks}, 730, strict) for looks in (0, 59))
     cheap = setup_from(account=load_settings(None, taker_fee=0.0001, risk_per_trade_pct=1.0, starting_equity=5_000, max_position_pct=50, daily_loss_limit_pct=3))
     assert "here train.costs.taker_fee 0.0001 instead of 0.0005, " in quote_rates(measured, cheap.settings, 730)   # what the limits lean on comes first
     assert "This record has 64 months" in quote_rates(measured, setup.settings, 1_941)
@@ -331,13 +334,19 @@ SUMMARY = ROOT / "reports" / "calibrate_gate" / "summary.json"
 
 def test_the_committed_rates_keep_their_promise():
     """At most 5 % of nulls approved, README's edge found four times in five, by the settings in force, and every number follows from the records."""
-    known, (records, setup) = json.loads(SUMMARY.read_text()), open_calibration(ROOT)
+    known, stricter, (records, setup) = json.loads(SUMMARY.read_text()), json.loads(LOOKED.read_text()), open_calibration(ROOT)
     again = json.loads(json.dumps(metrics.json_ready(rates.summarise(records, setup["settings"]))))
     assert {name: known[name] for name in again} == again and differing(setup_from().settings, known["settings"]) == []
     assert known["null_markets"] >= 200 and known["false_approval_rate"] <= 0.05 and known["false_approval_ci95"][1] <= 0.08
     main = [row for row in known["power"] if row["kind"] == "drift" and row["markets"] >= 100]
     size = rates.edge_found([row["edge_bps"] for row in main], [row["power"] for row in main])
     assert len(main) >= 3 and f"an edge of {size:.0f} basis points a trade is found four times in five" in (ROOT / "README.md").read_text()
+    assert known["settings"]["looked_before"] == 0 and differing(stricter["settings"], known["settings"]) == ["looked_before 60 instead of 0"]
+    lines = [record for key, record in calibrate.read_records(LOOKED.parent / "cases.jsonl").items() if key.endswith(json.loads((LOOKED.parent / "setup.json").read_text())["digest"])]
+    assert json.loads(json.dumps(rates.power_curve(lines))) == stricter["power"] and len(lines) == 304
+    for row in stricter["power"]:
+        [plain] = [other for other in main if other["planted_bps"] == row["planted_bps"]]
+        assert row["power"] <= plain["power"] and (row["edge_bps"], row["markets"]) == (plain["edge_bps"], plain["markets"])
     found = known["statistics"]
     assert found["p_fixed_uniform"] > 0.01 and found["p_deflated_below_5"] <= 0.05 and abs(found["overfitting"] - 0.5) < 4 * found["overfitting_error"]
     assert 0.48 < found["shuffled_auc"][0] < 0.51  # what the past has of a permutation the future lacks: a hair under one half
