@@ -12,7 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ class Trial:
     told: dict[str, str]          # environment
     code: str = EAGER + RUN
     process: subprocess.Popen[bytes] | None = None
-    marks: dict[str, int] = field(default_factory=dict)
+    told_well: int = 0            # messages when it was last seen to be well
 
     def start(self, *words: str) -> None:
         """Begin, or begin again."""

@@ -66,6 +66,7 @@ def well(bot: Trial) -> None:
     until(lambda: bot.is_in("RUNNING"), "RUNNING", bot)
     before = len(bot.entries())
     until(lambda: len(bot.entries()) > before and bot.held() and not bot.naked() and bot.is_in("RUNNING"), "an entry", bot)
+    bot.told_well = len(bot.messages())
 
 
 def pairs(messages: list[str], pattern: str) -> tuple[int, int]:
@@ -113,8 +114,11 @@ class Spell:
 
 @contextlib.contextmanager
 def spell(bot: Trial, cause: str, pattern: str, once: bool = True, over: Callable[[], None] | None = None) -> Iterator[Spell]:
-    """From when the bot knows of its trouble to when it is over: no entry arrives, no stop is missing; one message begins it and one ends it."""
-    told, before, left = len(bot.messages()), len(bot.rows("decision", "refused", "intent")), bot.exits()
+    """From when the bot knows of its trouble to when it is over: no entry arrives, no stop is missing; one message begins it and one ends it.
+
+    The trouble is made just before this begins, and the bot may be quicker: messages count from when it was last seen well.
+    """
+    told, before, left = bot.told_well, len(bot.rows("decision", "refused", "intent")), bot.exits()
     until(lambda: cause in bot.causes() and bot.is_in("DEGRADED"), f"DEGRADED because of {cause}", bot)
     assert re.search(pattern, bot.causes()[cause]), bot.causes()
     this = Spell(bot, told, bot.entries(), len(bot.rows("decision", "refused", "intent")), before, left)
@@ -327,7 +331,7 @@ def full_disk(ground: Ground, home: Path) -> None:
             with contextlib.suppress(OSError), filler.open("wb", 0) as file:
                 while file.write(bytes(4096)):
                     pass
-            told = len(bot.messages())
+            told = bot.told_well
             until(lambda: "disk" in bot.causes() and bot.is_in("DEGRADED"), "DEGRADED because of the disk", bot)
             entered, left = bot.entries(), set(bot.exits())
             rows = len(bot.rows("refused"))
