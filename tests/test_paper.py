@@ -166,9 +166,9 @@ def test_an_outage_is_recognised_and_caught_up(folder):
         assert rising or silent.low.min() < early.low.min() - 4
         target, stop = (silent.high.max() - 2, early.low.min() - 2000) if rising else (early.high.max() + 2000, silent.low.min() + 2)
         assert order(exchange, bracket_stop_loss_price=str(stop), bracket_take_profit_price=str(target))["success"]
-        assert wait_for(lambda: not trades(exchange, "BTCUSD")())
+        assert wait_for(lambda: live.at > begun + 60 and not trades(exchange, "BTCUSD")())
         frozen, seen = exchange.desk.exchange.last["BTCUSD"], 0
-        while (now := (exchange.desk.exchange.last["BTCUSD"], exchange.desk.system, len(account(exchange).positions), order(exchange).get("error"))) and live.at < begun + 205:
+        while (now := (exchange.desk.exchange.last["BTCUSD"], exchange.desk.system, len(account(exchange).positions), order(exchange).get("error"))) and live.clock() < begun + 205:
             assert now[:3] == (frozen, "degraded_mode", 1) and now[3]["code"] == "trading_blocked"
             seen += 1
             timer.sleep(0.2)
