@@ -53,7 +53,7 @@ from delta_go.serving.client import (
     view_of,
 )
 from delta_go.serving.contract import encode, parse_regimes, parse_trades
-from tests.waiting import FOREVER, SOON
+from tests.waiting import FOREVER
 
 MODELS = Path(__file__).parent.parent / "models"
 KEY = "canary-0123456789abcdef0123456789abcdef"
@@ -414,6 +414,8 @@ def drip(caller, first=b"", byte=b"x", pause=0.03):
         time.sleep(pause)
 
 
+UNBOUNDED = 5.0  # seconds: what the library waits for if nobody tells it otherwise
+
 SLOW = {
     "silence": lambda caller: time.sleep(FOREVER),
     "dripping status": partial(drip, byte=b"H"),
@@ -430,7 +432,7 @@ def test_no_try_outlasts_its_time(name, market):
         began = time.monotonic()
         with pytest.raises(NoAnswer, match=r"no answer \((ReadTimeout|TimeoutException)\)"):
             remote.regime(market["BTCUSD"])
-        assert 0.45 < time.monotonic() - began < SOON
+        assert 0.45 < time.monotonic() - began < 0.8 * UNBOUNDED
 
 
 def test_a_host_that_does_not_pick_up(market):
@@ -444,7 +446,7 @@ def test_a_host_that_does_not_pick_up(market):
             began = time.monotonic()
             with pytest.raises(NoAnswer, match="ConnectTimeout"):
                 remote.regime(market["BTCUSD"])
-            assert 0.15 < time.monotonic() - began < SOON
+            assert 0.15 < time.monotonic() - began < 0.8 * UNBOUNDED
 
 
 def test_nobody_home(market):
@@ -748,7 +750,7 @@ def test_an_encrypted_answer_has_its_time_too(server, certificate, market, monke
         began = time.monotonic()
         with pytest.raises(NoAnswer, match="Timeout"):
             remote.regime(market["BTCUSD"])
-        assert time.monotonic() - began < SOON
+        assert time.monotonic() - began < 0.8 * UNBOUNDED
 
 
 # --- the room itself ---

@@ -35,7 +35,6 @@ from delta_go.learning.registry import (
     save_models,
 )
 from delta_go.market.candles import Candles
-from tests.waiting import SOON
 
 SYMBOLS = ("BTCUSD", "ETHUSD")
 EVIDENCE = {"versions": {"python": "3.11"}, "data": {"bars": 260}, "features": ["volatility"], "metrics": {"auc": float("nan")}, "seeds": [0]}
@@ -299,7 +298,7 @@ def test_hostile_trees_end_quickly(contents):
     data = fields_of(contents, PREDICTOR_FILE)
     booster = json.loads(data["booster"])
     tree = booster["learner"]["gradient_booster"]["model"]["trees"][0]
-    start = time.monotonic()
+    start = time.process_time()
     for key, value in (("left_children", 0), ("right_children", 0), ("left_children", 10**9), ("left_children", -5), ("split_indices", 10**6), ("split_indices", -1),
                        ("split_conditions", "NaN"), ("default_left", []), ("left_children", None)):
         kept = list(tree[key])
@@ -310,7 +309,7 @@ def test_hostile_trees_end_quickly(contents):
         refuse(forged(contents, PREDICTOR_FILE, plain_bytes({**data, "booster": json.dumps(booster).encode()}, "x")), f"^{PREDICTOR_FILE}: ")
         booster = json.loads(data["booster"])
         tree = booster["learner"]["gradient_booster"]["model"]["trees"][0]
-    assert time.monotonic() - start < SOON
+    assert time.process_time() - start < 5
 
 
 GOOD = {"schema": 1, "resolution": "1h", "window": 200, "verdict": "trade", "files": {PREDICTOR_FILE: {"sha256": "0" * 64, "kind": "predictor"}}}

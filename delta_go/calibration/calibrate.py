@@ -150,7 +150,7 @@ def setup_from(
     data: str = "",
     account: Settings | None = None,  # costs and limits; the environment's by default
     limits: Thresholds = Thresholds(),
-    looked_before: int = 0,
+    looked_before: int = 0,           # looks that the gate is to count besides a case's own
 ) -> Setup:
     "The settings of a real walk-forward; InputError for candles of other symbols, or a number of looks below 0."
     if looked_before < 0:

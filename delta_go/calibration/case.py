@@ -213,7 +213,7 @@ def judge_prefix(
     walk: WalkForward,
     market: LoadedMarket,
     limits: gate.Thresholds,
-    looked_before: int = 0,
+    looked_before: int = 0,  # looks that the gate is to count besides the case's own
 ) -> dict[str, Any]:
     "The verdict on a walk, and how many days of candles it took."
     first = min(int(bars.time[0]) for bars in market.candles.values())
